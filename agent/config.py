@@ -1,0 +1,201 @@
+"""What can be configured, and what each setting is when nobody sets it.
+
+Every default is written here and nowhere else. How a file becomes these structs is `load`'s business.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+import msgspec
+
+from agent import AgentError
+
+KIB, MIB, GIB = 1024, 1024**2, 1024**3
+
+# How a value is written in the file; its type here is what the program computes with.
+Size = Annotated[int, msgspec.Meta(extra={"unit": "size"})]  # bytes
+Duration = Annotated[float, msgspec.Meta(extra={"unit": "duration"})]  # seconds
+
+
+class ConfigError(AgentError):
+    """The configuration cannot be used; its text has a line for each mistake."""
+
+    exit_code = 2
+
+
+class Secret:
+    """A text that shows itself to nobody but who asks for it by name."""
+
+    __slots__ = ("_text",)
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def reveal(self) -> str:
+        """The text itself."""
+        return self._text
+
+    def __repr__(self) -> str:
+        return "***" if self._text else ""  # that there is none is no secret
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Secret) and other._text == self._text
+
+    def __hash__(self) -> int:
+        return hash(self._text)
+
+    def __reduce__(self) -> str:
+        raise TypeError("a secret is not serialised")
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Part of a configuration, complete and valid."""
+
+
+class Delivery(Settings, frozen=True, kw_only=True):
+    """How a project's events go out."""
+
+    # Every PostHog installation serves /batch.
+    protocol: Literal["batch"] = "batch"
+    # One request costs 0.5 ms of CPU: at 1,000 events that is little of an event's 4 µs.
+    max_batch_events: int = 1000
+    # PostHog's SDKs stop here (posthog-python `posthog/consumer.py`); before compression.
+    max_batch_size: Size = 5 * MIB
+    # Half a second is soon enough for analytics, and 2 requests a second are few.
+    linger: Duration = 0.5
+    compression: Literal["gzip", "none"] = "gzip"
+    # An upper bound; the agent finds the right number below it.
+    concurrency: int = 8
+    # Longer than PostHog's load balancer takes to give up.
+    timeout: Duration = 30.0
+    # PostHog's SDKs begin with a second and end at 30.
+    backoff_base: Duration = 1.0
+    backoff_max: Duration = 30.0
+    # For ever: an outage of any length must not lose an event.
+    max_attempts: int = 0
+    cooldown: Duration = 60.0
+    historical_migration: bool = False
+    # The sender's address is this host's and not the user's.
+    disable_geoip: bool = True
+    # Either may hold a password.
+    headers: Mapping[str, Secret] = {}
+    proxy: Secret = Secret("")
+    ca_file: str = ""
+    client_cert: str = ""
+    client_key: str = ""
+
+
+class Project(Settings, frozen=True, kw_only=True):
+    """A PostHog project. `api_key` is None only where nothing is to be delivered."""
+
+    name: str = "default"
+    host: str = "https://us.i.posthog.com"
+    api_key: Secret | None = None
+    delivery: Delivery = Delivery()
+
+
+class Common(Settings, frozen=True, kw_only=True):
+    """What every source has."""
+
+    name: str
+    project: str
+    format: Literal["json"] = "json"
+    # "" rejects an event that has none.
+    distinct_id: str = ""
+    properties: Mapping[str, object] = {}
+    # PostHog's SDKs cap an event here (posthog-python `posthog/consumer.py`).
+    max_event: Size = 900 * KIB
+
+
+class UnixStream(Common, frozen=True, kw_only=True, tag_field="kind", tag="unix_stream"):
+    """A listening Unix stream socket."""
+
+    path: str
+    # The owner and its group may write; which group, `group` says.
+    mode: int = 0o660
+    group: str = ""
+    ack: bool = False
+    # Beyond it clients wait to be accepted.
+    max_connections: int = 1000
+
+
+class UnixDatagram(Common, frozen=True, kw_only=True, tag_field="kind", tag="unix_datagram"):
+    """A Unix datagram socket."""
+
+    path: str
+    mode: int = 0o660
+    group: str = ""
+    receive_buffer: Size = 32 * MIB
+
+
+class Udp(Common, frozen=True, kw_only=True, tag_field="kind", tag="udp"):
+    """A UDP socket."""
+
+    listen: str = "127.0.0.1:8125"
+    # The kernel's default holds 166 datagrams; this holds some 26,000 of 343 bytes.
+    receive_buffer: Size = 32 * MIB
+
+
+Source = UnixStream | UnixDatagram | Udp
+
+
+class Buffer(Settings, frozen=True, kw_only=True):
+    """Where events wait."""
+
+    path: str
+    kind: Literal["sqlite", "memory"] = "sqlite"
+    # A day of 100 events a second.
+    max_size: Size = GIB
+    # Nothing is dropped unless told to.
+    when_full: Literal["block", "drop_oldest", "drop_newest"] = "block"
+    max_age: Duration = 0.0
+    # An acknowledgement is a promise, also when the power fails.
+    durability: Literal["full", "normal"] = "full"
+
+
+class Admin(Settings, frozen=True, kw_only=True):
+    """Where the metrics and the status are."""
+
+    socket: str
+    # On loopback: nothing here is for others.
+    listen: str = "127.0.0.1:9469"
+
+
+class Log(Settings, frozen=True, kw_only=True):
+    """What is logged, and how."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "json"] = "auto"
+
+
+class Config(Settings, frozen=True, kw_only=True):
+    """A whole configuration; the first project is the default."""
+
+    projects: tuple[Project, ...]
+    sources: tuple[Source, ...]
+    buffer: Buffer
+    admin: Admin
+    log: Log = Log()
+
+
+class Paths(msgspec.Struct, frozen=True):
+    """The folders of the sockets and of the buffer, where nothing says otherwise."""
+
+    runtime: str
+    state: str
+
+
+def default_paths(
+    env: Mapping[str, str], *, runtime_writable: bool, state_writable: bool, uid: int, tmp: str
+) -> Paths:
+    """systemd's folders, else the system's where they are writable, else the user's own."""
+    home = env.get("HOME", f"{tmp}/capture-agent-{uid}")
+    user_runtime = env.get("XDG_RUNTIME_DIR")
+    own_runtime = f"{user_runtime}/capture-agent" if user_runtime else f"{tmp}/capture-agent-{uid}"
+    own_state = f"{env.get('XDG_STATE_HOME') or f'{home}/.local/state'}/capture-agent"
+    runtime = "/run/capture-agent" if runtime_writable else own_runtime
+    state = "/var/lib/capture-agent" if state_writable else own_state
+    # systemd separates several folders by colons; the first is ours.
+    return Paths(
+        env.get("RUNTIME_DIRECTORY", runtime).split(":")[0], env.get("STATE_DIRECTORY", state).split(":")[0]
+    )

@@ -1,0 +1,102 @@
+"""The words that travel through the house: reads, chunks, rejects and tallies."""
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+import msgspec
+
+Reason = Literal[
+    "malformed_json",
+    "not_an_object",
+    "missing_event",
+    "missing_distinct_id",
+    "bad_uuid",
+    "bad_properties",
+    "too_large",
+    "bad_utf8",
+    "too_deep",
+    "truncated",
+]
+
+REASONS: tuple[Reason, ...] = Reason.__args__  # type: ignore[attr-defined]  # typing keeps the values there
+
+# Chunks are what memory is counted in: a joint of 8 such chunks is 8 MiB.
+CHUNK_EVENTS = 4096  # the counter of a UUIDv7 has 12 bits (RFC 9562, rand_a)
+CHUNK_BYTES = 1024 * 1024
+
+# Enough of a refused line to recognise the program that sent it.
+SAMPLE_BYTES = 200
+
+
+class Instant(NamedTuple):
+    """One moment, told by the wall clock and by the boot's own clock, both in microseconds."""
+
+    wall: int
+    monotonic: int
+    boot: str
+
+
+class Cut(NamedTuple):
+    """A line that was refused before it ended, and its beginning."""
+
+    reason: Reason
+    sample: str
+
+
+class Read(NamedTuple):
+    """Whole lines, each ended by a newline, that came from one client at one moment.
+
+    `cut` is a line after these that will never be whole.
+    """
+
+    lines: bytes
+    at: Instant
+    cut: Cut | None = None
+
+
+class Chunk(msgspec.Struct, frozen=True, kw_only=True):
+    """Vouched events of one project, comma-joined, as raw deflate that ends on a full flush.
+
+    `size` and `crc` (CRC-32) are of the bytes before compression. `key` is set only for events that
+    carry another key than their project's. `received_at` and `monotonic` are microseconds.
+    """
+
+    project: str
+    key: str | None = None
+    events: int
+    size: int
+    crc: int
+    received_at: int
+    boot: str
+    monotonic: int
+    packed: bytes
+
+
+class Reject(NamedTuple):
+    """One line that is not an event: of which read, which non-empty line of it (from 0), and why."""
+
+    read: int
+    line: int
+    reason: Reason
+    sample: str
+
+
+def sample(line: bytes) -> str:
+    """The beginning of a refused line as printable text, whatever its bytes are."""
+    text = line[:SAMPLE_BYTES].decode("utf-8", "backslashreplace")
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+class Tally(msgspec.Struct, frozen=True, kw_only=True):
+    """What reads of one source amounted to; enters the books in the commit of their chunks.
+
+    `restamped` counts events whose own timestamp could not be read; `dropped` the datagrams that the
+    kernel dropped before they could be read.
+    """
+
+    source: str
+    received: int = 0
+    rejected: Mapping[Reason, int] = msgspec.field(default_factory=dict)
+    truncated: int = 0
+    restamped: int = 0
+    dropped: int = 0

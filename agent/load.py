@@ -1,0 +1,325 @@
+"""Reads a configuration: a TOML text and the environment in, a complete and valid `Config` out.
+
+All mistakes are told at once, a line for each: `FILE: key.path: what is wrong (did you mean ...?)`. No
+mistake's line ever holds a secret.
+"""
+
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+
+import msgspec
+
+from agent import checks
+from agent.config import (
+    Admin,
+    Buffer,
+    Config,
+    ConfigError,
+    Delivery,
+    Log,
+    Paths,
+    Project,
+    Secret,
+    Settings,
+    Source,
+    Udp,
+    UnixDatagram,
+    UnixStream,
+)
+from agent.units import parse_duration, parse_size
+
+PREFIX = "CAPTURE_AGENT_"
+KINDS: Mapping[str, type[Source]] = {"unix_stream": UnixStream, "unix_datagram": UnixDatagram, "udp": Udp}
+SECTIONS = ("project", "source", "buffer", "delivery", "admin", "log")
+# What has a source's name in the environment stands as `CAPTURE_AGENT_SOURCE__APP__PATH`.
+NAMED = ("project", "source")
+
+# TOML's values are what they are: any.
+Table = Mapping[str, Any]
+S = TypeVar("S", bound=Settings)
+
+KEY_FORMS = '"phc_...", { file = "..." }, { env = "NAME" } or { credential = "NAME" }'
+
+
+class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
+    """What a configuration may refer to beside its own text."""
+
+    env: Mapping[str, str]
+    paths: Paths
+    hostname: str
+    read_text: Callable[[str], str]  # raises OSError
+
+
+def load(text: str, around: Surroundings, *, file: str, keys: bool = True) -> Config:
+    """The configuration that `text` says. Raises `ConfigError`.
+
+    Without `keys` no project's key is looked up: for commands that only ask where the agent is.
+    """
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{file}: {error}", "mend the line; https://toml.io shows the notation") from error
+    return _Reading(around, file, keys=keys).config(document)
+
+
+class _Reading:
+    """One reading, and the mistakes found so far."""
+
+    def __init__(self, around: Surroundings, file: str, *, keys: bool) -> None:
+        self._around = around
+        self._file = file
+        self._keys = keys
+        self._mistakes: list[str] = []
+        self._overrides = self._from_environment()
+
+    def config(self, document: Table) -> Config:
+        """Everything, or one `ConfigError` for all that is wrong."""
+        self._refuse_unknown(document, SECTIONS, "")
+        delivery = self._table(document.get("delivery", {}), "delivery")
+        projects = [
+            self._project(table, where, name, delivery)
+            for table, where, name in self._listed(document.get("project", {}), "project", ("default",))
+        ]
+        sources = [
+            self._source(table, where, name, [project.name for project in projects])
+            for table, where, name in self._listed(document.get("source", []), "source", tuple(KINDS))
+        ]
+        paths = self._around.paths
+        buffer = self._table(document.get("buffer", {}), "buffer")
+        admin = self._table(document.get("admin", {}), "admin")
+        config = Config(
+            projects=tuple(projects),
+            sources=tuple(source for source in sources if source is not None),
+            buffer=self._struct(Buffer, {"path": f"{paths.state}/buffer.db", **buffer}, "buffer"),
+            admin=self._struct(Admin, {"socket": f"{paths.runtime}/admin.sock", **admin}, "admin"),
+            log=self._struct(Log, self._table(document.get("log", {}), "log"), "log"),
+        )
+        for where, wrong in checks.of_whole(config):
+            self._wrong(where, wrong)
+        for name in self._overrides:
+            known = [PREFIX + section.upper() for section in SECTIONS]
+            self._mistakes.append(f"environment: {name}: no such setting{_suggestion(name, known)}")
+        if self._mistakes:
+            raise ConfigError("\n".join(self._mistakes), "`capture-agent check` shows the settings in force")
+        return config
+
+    def _wrong(self, where: str, what: str) -> None:
+        self._mistakes.append(f"{self._file}: {where}: {what}")
+
+    def _refuse_unknown(self, table: Table, known: Sequence[str], where: str) -> None:
+        for name in table:
+            if name not in known:
+                self._wrong(f"{where}{name}", f"unknown key{_suggestion(name, known)}")
+
+    # --- the environment ---------------------------------------------------------------------------
+
+    def _from_environment(self) -> dict[str, str]:
+        """What the environment sets, by name; what is used is taken out of it."""
+        return {name: text for name, text in self._around.env.items() if name.startswith(PREFIX)}
+
+    def _overridden(self, kind: type[Settings], table: Table, where: str, section: str) -> dict[str, Any]:
+        """The table with what the environment says instead."""
+        merged = dict(table)
+        for field in msgspec.structs.fields(kind):
+            name = f"{PREFIX}{section}__{field.name}".upper().replace("-", "_").replace(".", "_")
+            if name not in self._overrides:
+                continue
+            text = self._overrides.pop(name)
+            if _written_as_text(field.type):
+                merged[field.name] = text
+                continue
+            try:
+                merged[field.name] = tomllib.loads(f"value = {text}")["value"]
+            except (tomllib.TOMLDecodeError, KeyError):
+                self._wrong(f"{where}{field.name}", f"{name} is not a TOML value, such as 5, true or {{}}")
+        return merged
+
+    # --- tables ------------------------------------------------------------------------------------
+
+    def _table(self, value: object, where: str) -> Table:
+        if isinstance(value, dict):
+            return value
+        self._wrong(where, f"must be a table: [{where}]")
+        return {}
+
+    def _listed(self, value: object, section: str, kinds: Sequence[str]) -> list[tuple[Table, str, str]]:
+        """Each table of a section, where it is for people, and its name; `kinds` where there is none."""
+        if isinstance(value, dict) and section == "project":
+            value = [value]
+        if not isinstance(value, list):
+            self._wrong(section, f"must be a list of tables: [[{section}]]")
+            value = []
+        if not value:
+            value = [{"kind": kind} for kind in kinds] if section == "source" else [{}]
+        found = []
+        for number, item in enumerate(value, 1):
+            table = self._table(item, f"{section}[{number}]")
+            name = table.get("name", table.get("kind", number) if section == "source" else kinds[0])
+            where = "project" if section == "project" and len(value) == 1 else f"{section}[{name}]"
+            found.append((table, where, str(name)))
+        return found
+
+    def _struct(self, kind: type[S], table: Table, where: str, section: str = "") -> S:
+        """A struct of the table's values; the default for each that is wrong."""
+        fields = {field.name: field for field in msgspec.structs.fields(kind)}
+        self._refuse_unknown(table, tuple(fields), f"{where}.")
+        values: dict[str, Any] = {}
+        wrong: dict[str, str] = {}
+        for name, value in self._overridden(kind, table, f"{where}.", section or where).items():
+            if name not in fields:
+                continue
+            try:
+                values[name] = _converted(value, fields[name].type)
+            except ValueError as error:
+                wrong[name] = str(error)
+                if fields[name].required:
+                    values[name] = ""  # never used: the mistake ends in a ConfigError
+        made = kind(**values)
+        for name, what in {**dict(checks.of(made)), **wrong}.items():
+            self._wrong(f"{where}.{name}", what)
+        return made
+
+    # --- projects and sources ----------------------------------------------------------------------
+
+    def _project(self, table: Table, where: str, name: str, delivery: Table) -> Project:
+        own = self._table(table.get("delivery", {}), f"{where}.delivery")
+        rest = {key: value for key, value in table.items() if key not in {"delivery", "api_key"}}
+        section = "project" if where == "project" else f"project__{name}"
+        short, long = PREFIX + "API_KEY", f"{PREFIX}{section}__API_KEY".upper()
+        given: object = table.get("api_key")
+        if name == "default" or where == "project":
+            if (host := self._overrides.pop(PREFIX + "HOST", None)) is not None:
+                rest["host"] = host
+            given = self._overrides.pop(short, given)
+        given = self._overrides.pop(long, given)
+        project = self._struct(Project, rest, where, section)
+        return msgspec.structs.replace(
+            project,
+            api_key=self._key(given, where, short) if self._keys else None,
+            delivery=self._struct(
+                Delivery,
+                {**delivery, **own},
+                f"{where}.delivery" if own else "delivery",
+                f"{section}__delivery" if own else "delivery",
+            ),
+        )
+
+    def _key(self, given: object, where: str, variable: str) -> Secret | None:
+        """The project's key, from where it is kept."""
+        where = f"{where}.api_key"
+        text = self._secret(given, where, variable)
+        if text is None:
+            return None
+        if wrong := checks.wrong_key(text.strip()):
+            self._wrong(where, wrong)
+        return Secret(text.strip())
+
+    def _secret(self, given: object, where: str, variable: str) -> str | None:
+        match given:
+            case None | "":
+                self._wrong(
+                    where,
+                    "missing: put the project's key (PostHog: Settings, Project, Project API key) there, "
+                    f"or into the environment as {variable}",
+                )
+            case str():
+                return given
+            case {"file": str(path), **rest} if not rest:
+                return self._secret_file(path, where)
+            case {"credential": str(name), **rest} if not rest:
+                folder = self._around.env.get("CREDENTIALS_DIRECTORY")
+                if folder is not None:
+                    return self._secret_file(f"{folder}/{name}", where)
+                self._wrong(
+                    where,
+                    f"systemd passed no credentials (LoadCredential={name}:... in the unit passes this one)",
+                )
+            case {"env": str(name), **rest} if not rest:
+                if text := self._around.env.get(name):
+                    return text
+                self._wrong(where, f"the environment variable {name} is not set")
+            case _:
+                self._wrong(where, f"must be {KEY_FORMS}")
+        return None
+
+    def _secret_file(self, path: str, where: str) -> str | None:
+        try:
+            return self._around.read_text(path)
+        except OSError as error:
+            self._wrong(where, f"{path}: {error.strerror or error}")
+        except UnicodeDecodeError:
+            self._wrong(where, f"{path}: not a text")
+        return None
+
+    def _source(self, table: Table, where: str, name: str, projects: Sequence[str]) -> Source | None:
+        word = table.get("kind")
+        if not isinstance(word, str) or word not in KINDS:
+            known = ", ".join(KINDS)
+            said = "missing" if word is None else f"{word!r} is not"
+            self._wrong(f"{where}.kind", f"{said}: one of {known}{_suggestion(str(word), tuple(KINDS))}")
+            return None
+        kind = KINDS[word]
+        values: dict[str, Any] = {"name": word, "project": projects[0]}
+        if kind is not Udp:
+            end = "sock" if kind is UnixStream else "dgram"
+            values["path"] = f"{self._around.paths.runtime}/events.{end}"
+        values |= {key: value for key, value in table.items() if key != "kind"}
+        source = self._struct(kind, values, where, f"source__{name}")
+        if source.project not in projects:
+            close = _suggestion(source.project, projects)
+            self._wrong(f"{where}.project", f"there is no project {source.project!r}{close}")
+        default = source.distinct_id.replace("{hostname}", self._around.hostname)
+        return msgspec.structs.replace(source, distinct_id=default)
+
+
+def _secret(kind: type, value: object) -> object:
+    """A secret of what should be a text, any other value as it is."""
+    if kind is not Secret:
+        return value
+    if not isinstance(value, str):
+        raise TypeError(f"Expected str, got {type(value).__name__}")
+    return Secret(value)
+
+
+def _suggestion(name: str, known: Sequence[str]) -> str:
+    """The known name that was probably meant."""
+    close = get_close_matches(name, known, 1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def unit_of(kind: object) -> str:
+    """`size` or `duration` for a type that is written with a unit."""
+    if get_origin(kind) is not Annotated:
+        return ""
+    return next((meta.extra["unit"] for meta in get_args(kind)[1:] if meta.extra), "")
+
+
+def _written_as_text(kind: object) -> bool:
+    """Whether a value of this type is a text in the file."""
+    return bool(unit_of(kind)) or kind in (str, Secret) or bool(_choices(kind))
+
+
+def _choices(kind: object) -> tuple[str, ...]:
+    """The texts that a setting may have, where only some are possible."""
+    return get_args(kind) if get_origin(kind) is Literal else ()
+
+
+def _converted(value: object, kind: Any) -> object:
+    """The value as its setting's type. ValueError says what is wrong with it.
+
+    `Any`: what msgspec says is a field's type may be any annotation.
+    """
+    if unit := unit_of(kind):
+        if not isinstance(value, str):
+            example = '"5 MiB"' if unit == "size" else '"250 ms"'
+            raise ValueError(f"must be a text with a unit, such as {example}")
+        return parse_size(value) if unit == "size" else parse_duration(value)
+    try:
+        return msgspec.convert(value, kind, dec_hook=_secret)
+    except msgspec.ValidationError as error:
+        if isinstance(value, str) and (choices := _choices(kind)):
+            close = _suggestion(value, choices)
+            raise ValueError(f"{value!r} is not one of {', '.join(choices)}{close}") from error
+        raise ValueError(str(error).replace("`", "")) from error
