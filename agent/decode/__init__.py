@@ -1,0 +1,1 @@
+"""Pure decoders: bytes in, chunks and rejects out; none of them raises."""

@@ -1,0 +1,72 @@
+"""Frames NDJSON: cuts a byte stream into whole lines, however the network cut it, in bounded memory."""
+
+from agent.events import SAMPLE_BYTES
+
+
+class LineReader:
+    """One connection's lines: bytes in as they come, whole lines out, each ended by a newline.
+
+    An unfinished line longer than `longest` bytes is refused: its beginning is kept as a sample, the rest
+    is skipped to its newline, and the lines around it are not touched. (One that grows too long only with
+    the bytes that end it is handed on, for the door to refuse.)
+    """
+
+    def __init__(self, longest: int) -> None:
+        self._longest = longest
+        self._partial: list[bytes] = []
+        self._skipping = False
+        self.pending = 0  # bytes of the unfinished line that are held
+        self.refused: bytes | None = None  # the beginning of a line refused after the last whole one
+
+    def feed(self, data: bytes) -> bytes:
+        """The lines that `data` completes; what is left of it waits for the next call."""
+        cut = data.rfind(b"\n") + 1
+        if not cut:
+            self._hold(data)
+            return b""
+        if self._skipping:
+            data, cut = self._skip(data, cut)
+        if not self._partial:
+            whole = data if cut == len(data) else data[:cut]
+        else:
+            whole = b"".join((*self._partial, data[:cut]))
+            self._partial.clear()
+            self.pending = 0
+        if cut < len(data):
+            self._hold(data[cut:])
+        return whole
+
+    def _skip(self, data: bytes, cut: int) -> tuple[bytes, int]:
+        """Leave out the end of a line that was refused."""
+        first = data.index(b"\n") + 1
+        self._skipping = False
+        return data[first:], cut - first
+
+    def _hold(self, data: bytes) -> None:
+        """Keep the beginning of a line, unless it is already too long."""
+        if self._skipping or not data:
+            return
+        self._partial.append(data)
+        self.pending += len(data)
+        # One more than the longest: a carriage return may yet be followed by the newline.
+        if self.pending > self._longest + 1:
+            self.refuse()
+
+    def refuse(self) -> None:
+        """Refuse the unfinished line now: it is counted, and the rest of it skipped."""
+        self.refused = b"".join(self._partial)[:SAMPLE_BYTES]
+        self._partial.clear()
+        self.pending = 0
+        self._skipping = True
+
+    def take_refused(self) -> bytes | None:
+        """The beginning of the line that the last `feed` or `refuse` gave up, once."""
+        refused, self.refused = self.refused, None
+        return refused
+
+    def finish(self) -> bytes:
+        """The last line, which no newline ended; empty where there is none."""
+        last = b"".join(self._partial)
+        self._partial.clear()
+        self.pending = 0
+        return last

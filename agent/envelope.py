@@ -1,0 +1,285 @@
+"""One event, examined singly: which fields it has, what each must be, and what it becomes.
+
+The rules are PostHog's own (`rust/capture/src/v0_request.rs`, `rust/common/types/src/timestamp.rs`): what is
+let through here, PostHog accepts. Nothing here raises for anything that a client may send.
+"""
+
+import re
+import uuid
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Annotated
+
+import msgspec
+from msgspec import UNSET, Raw, UnsetType
+
+from agent.events import Reason
+
+# In this order from: msgspec; text hidden in sealed bytes; absurd numbers; nesting.
+DECODE_ERRORS = (msgspec.DecodeError, UnicodeDecodeError, OverflowError, RecursionError)
+
+# PostHog's ingestion cuts names, its capture cuts ids, here.
+LONGEST = 200
+
+# serde_json gives up on the 128th nested container; the request's root and its batch array are two.
+DEEPEST = 125
+
+# Root fields that PostHog's v1 protocol reads only inside properties.
+FOLDED = ("$set", "$set_once", "$groups")
+
+# Properties that v1 takes as `options` beside the event (`rust/capture/src/v1/`); v0 ignores that object.
+OPTIONS = {
+    "$cookieless_mode": "cookieless_mode",
+    "$ignore_sent_at": "disable_skew_correction",
+    "$process_person_profile": "process_person_profile",
+    "$product_tour_id": "product_tour_id",
+}
+
+Text = Annotated[str, msgspec.Meta(min_length=1, max_length=LONGEST)]
+
+
+class Envelope(msgspec.Struct, omit_defaults=True, gc=False):
+    """The few fields of an event that are read; what it becomes is written into the same struct."""
+
+    event: Text
+    distinct_id: Text | int | float | None = None
+    uuid: str | None = None
+    timestamp: str | int | float | None = None
+    properties: Raw = Raw(b"{}")
+    options: Raw | UnsetType = UNSET
+    set: Raw | UnsetType = msgspec.field(name="$set", default=UNSET)
+    set_once: Raw | UnsetType = msgspec.field(name="$set_once", default=UNSET)
+    groups: Raw | UnsetType = msgspec.field(name="$groups", default=UNSET)
+
+
+class Loose(msgspec.Struct, gc=False):
+    """An event none of whose fields need be right: what is wrong is then found field by field."""
+
+    event: Raw = Raw(b"null")
+    distinct_id: Raw = Raw(b"null")
+    uuid: Raw = Raw(b"null")
+    timestamp: Raw = Raw(b"null")
+    properties: Raw = Raw(b"{}")
+    set: Raw | UnsetType = msgspec.field(name="$set", default=UNSET)
+    set_once: Raw | UnsetType = msgspec.field(name="$set_once", default=UNSET)
+    groups: Raw | UnsetType = msgspec.field(name="$groups", default=UNSET)
+
+
+class Stamp(msgspec.Struct, frozen=True, gc=False):
+    """What the door gives an event that has none of its own."""
+
+    uuid: str
+    timestamp: str
+
+
+class Flaws(msgspec.Struct):
+    """What was mended and is counted: ids or names cut, times that could not be read."""
+
+    truncated: int = 0
+    restamped: int = 0
+
+
+_strict = msgspec.json.Decoder(Envelope).decode
+_loose = msgspec.json.Decoder(Loose).decode
+_value = msgspec.json.Decoder(str | int | float | None).decode
+_object = msgspec.json.Decoder(dict[str, Raw]).decode
+_encode = msgspec.json.Encoder().encode
+
+_BRACKETS = b"{}[]"
+_NOT_BRACKETS = bytes(set(range(256)) - set(_BRACKETS))
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+
+
+def examine(line: bytes, max_event: int, flaws: Flaws) -> Envelope | Reason:
+    """The envelope of one line, or the first rule that it breaks."""
+    if len(line) > max_event:
+        return "too_large"
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return "bad_utf8"
+    try:
+        if too_deep(line):
+            return "too_deep"
+        return _strict(line)
+    except RecursionError:
+        return "too_deep"
+    except DECODE_ERRORS:
+        return _examine_fields(line, flaws)
+
+
+def _examine_fields(line: bytes, flaws: Flaws) -> Envelope | Reason:
+    """The envelope of a line that the strict decoder refused, where only something forgivable was wrong."""
+    try:
+        loose = _loose(line)
+    except msgspec.ValidationError:
+        return "not_an_object"
+    except DECODE_ERRORS:
+        return "malformed_json"
+    event = _scalar(loose.event)
+    if not isinstance(event, str) or not event:
+        return "missing_event"
+    who = _scalar(loose.distinct_id)
+    if who is UNSET:
+        return "missing_distinct_id"
+    if isinstance(who, str) and not who:
+        who = None
+    ident = _scalar(loose.uuid)
+    if ident is not None and not isinstance(ident, str):
+        return "bad_uuid"
+    cut = [text for text in (event, who) if isinstance(text, str) and len(text) > LONGEST]
+    flaws.truncated += bool(cut)
+    when = _scalar(loose.timestamp)
+    return Envelope(
+        event=event[:LONGEST],
+        distinct_id=who[:LONGEST] if isinstance(who, str) else who,
+        uuid=ident,
+        timestamp=bytes(loose.timestamp).decode() if isinstance(when, UnsetType) else when,
+        properties=loose.properties,
+        set=loose.set,
+        set_once=loose.set_once,
+        groups=loose.groups,
+    )
+
+
+def _scalar(raw: Raw) -> str | int | float | UnsetType | None:
+    """The text or number in sealed bytes; UNSET where they hold anything else."""
+    try:
+        value: str | int | float | None = _value(raw)
+    except DECODE_ERRORS:
+        return UNSET
+    return value
+
+
+def too_deep(line: bytes) -> bool:
+    """Whether a line nests deeper than PostHog reads; cheap where it has few brackets."""
+    if line.count(b"{") + line.count(b"[") <= DEEPEST:
+        return False
+    depth = deepest = 0
+    for bracket in _STRING.sub(b"", line).translate(None, _NOT_BRACKETS):
+        depth += 1 if bracket in b"{[" else -1
+        deepest = max(deepest, depth)
+    return deepest > DEEPEST
+
+
+def complete(
+    envelope: Envelope, defaults: Mapping[str, Raw], distinct_id: str, stamp: Stamp, flaws: Flaws
+) -> Reason | None:
+    """Make a decoded event whole, in place, or tell which rule it breaks."""
+    reason = _complete_id(envelope, distinct_id) or _complete_uuid(envelope, stamp)
+    if reason is not None:
+        return reason
+    try:
+        properties = _object(envelope.properties)
+        for name in FOLDED:
+            _fold(properties, name, getattr(envelope, name[1:]))
+    except DECODE_ERRORS:
+        return "bad_properties"
+    envelope.set = envelope.set_once = envelope.groups = UNSET
+    envelope.options = UNSET
+    if (options := _options(properties)) is None:
+        return "bad_properties"
+    if options:
+        envelope.options = Raw(_encode(options))
+    when = utc(envelope.timestamp)
+    if when is None:
+        if envelope.timestamp is not None:
+            properties.setdefault("$agent_timestamp", Raw(_encode(str(envelope.timestamp))))
+            flaws.restamped += 1
+        when = stamp.timestamp
+    envelope.timestamp = when
+    for name, value in defaults.items():
+        properties.setdefault(name, value)
+    envelope.properties = Raw(_encode(properties))
+    return None
+
+
+def _complete_id(envelope: Envelope, default: str) -> Reason | None:
+    """The distinct id as text: a number is its text, none at all the source's default."""
+    who = envelope.distinct_id
+    if who is None or who == "":
+        who = default
+    elif not isinstance(who, str):
+        who = str(who)[:LONGEST]
+    if not who or who.isspace():
+        return "missing_distinct_id"
+    envelope.distinct_id = who
+    return None
+
+
+# The form in which nearly every uuid comes; passed on byte for byte.
+_CANONICAL = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+# The other forms that Rust's `Uuid::parse_str` reads: simple, braced, URN.
+_ODD = re.compile(r"[0-9a-fA-F]{32}|\{[0-9a-fA-F-]{36}\}|urn:uuid:[0-9a-fA-F-]{36}")
+
+
+def _complete_uuid(envelope: Envelope, stamp: Stamp) -> Reason | None:
+    """The event's own uuid where it has one that parses; an empty one is none, as PostHog has it."""
+    given = envelope.uuid
+    if not given:
+        envelope.uuid = stamp.uuid
+        return None
+    if _CANONICAL.fullmatch(given):
+        return None
+    if _ODD.fullmatch(given):
+        try:
+            envelope.uuid = str(uuid.UUID(given))
+        except ValueError:
+            return "bad_uuid"
+        return None
+    return "bad_uuid"
+
+
+def _fold(properties: dict[str, Raw], name: str, raw: Raw | UnsetType) -> None:
+    """Put an object from the event's root into its properties, where an existing key wins."""
+    if raw is UNSET or bytes(raw) == b"null":
+        return
+    root = _object(raw)
+    mine = properties.get(name)
+    if mine is None or bytes(mine) == b"null":
+        properties[name] = raw
+    elif bytes(mine)[:1] == b"{":
+        properties[name] = Raw(_encode({**root, **_object(mine)}))
+
+
+def _options(properties: Mapping[str, Raw]) -> dict[str, Raw] | None:
+    """The options that v1 reads beside an event; None where PostHog would refuse the request for one.
+
+    Only `$cookieless_mode` can do that (v0: 400). Another option of a wrong type is left where it is.
+    """
+    options = {}
+    for name, option in OPTIONS.items():
+        raw = properties.get(name)
+        if raw is None:
+            continue
+        value = bytes(raw)
+        right = value[:1] == b'"' if name == "$product_tour_id" else value in {b"true", b"false"}
+        if right:
+            options[option] = raw
+        elif name == "$cookieless_mode":
+            return None
+    return options
+
+
+# A number at or over this many seconds (the year 5138) is one of milliseconds (1973 and later).
+_MILLISECONDS_FROM = 1e11
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def utc(value: str | float | None) -> str | None:
+    """A timestamp as UTC text ending in Z; None where it cannot be read or is outside 1970 to 9999."""
+    try:
+        if isinstance(value, str):
+            moment = datetime.fromisoformat(value.strip())
+            moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+        elif value is None:
+            return None
+        elif abs(value) >= _MILLISECONDS_FROM:
+            moment = _EPOCH + timedelta(milliseconds=value)
+        else:
+            moment = _EPOCH + timedelta(seconds=value)
+    except (ValueError, OverflowError):
+        return None
+    if moment < _EPOCH:
+        return None
+    return moment.isoformat(timespec="microseconds")[:-6] + "Z"

@@ -1,0 +1,312 @@
+"""The door: turns lines into events that PostHog will take, whole chunks at a time.
+
+For every event that it lets in it promises: one JSON object in UTF-8; `event` and `distinct_id` present, at
+most 200 characters each; `properties` an object; nothing nested deeper than PostHog reads; a `uuid` and a UTC
+`timestamp`. Properties stay sealed; they are looked into only where a scan of the whole chunk says that
+something in them matters. They can still hide a number beyond a double (`1e999`): that scan would cost more
+than the decoding, so delivery finds it.
+"""
+
+import re
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from itertools import accumulate
+
+import msgspec
+from msgspec import UNSET, Raw
+
+from agent.envelope import (
+    DECODE_ERRORS,
+    FOLDED,
+    OPTIONS,
+    Envelope,
+    Flaws,
+    Stamp,
+    complete,
+    examine,
+    too_deep,
+)
+from agent.events import CHUNK_BYTES, CHUNK_EVENTS, Chunk, Instant, Read, Reason, Reject, Tally, sample
+from agent.pack import crc32, deflate
+
+# Brackets that a chunk may have beside two an event before its lines are looked at for nesting one by one.
+SPARE_BRACKETS = 120
+
+_rows = msgspec.json.Decoder(list[tuple[Envelope]]).decode
+_encode = msgspec.json.Encoder().encode
+
+# UUIDv7 (RFC 9562): rand_a's 12 bits count the events of a chunk, so that they sort as they came.
+_COUNTERS = tuple(b"7%03x-" % count for count in range(CHUNK_EVENTS))
+_VARIANT = 0x8000_0000_0000_0000
+RANDOM_BITS = 62  # rand_b, one for each chunk
+_MICROSECONDS = tuple(b'%03dZ"' % count for count in range(1000))
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+class Rules(msgspec.Struct, frozen=True, kw_only=True):
+    """What a source adds to its events, the largest line (bytes) it takes, and where its events go."""
+
+    source: str
+    project: str
+    properties: Mapping[str, object]
+    distinct_id: str
+    max_event: int
+    max_batch_events: int
+    max_batch_size: int
+
+
+class Decoded(msgspec.Struct, frozen=True, kw_only=True):
+    """What reads amounted to: chunks, refusals, how many lines each read had, and the tally."""
+
+    chunks: Sequence[Chunk]
+    rejects: Sequence[Reject]
+    lines: Sequence[int]
+    tally: Tally
+
+
+class Door:
+    """One source's door: its rules in the form in which they are fast to apply."""
+
+    def __init__(self, rules: Rules) -> None:
+        self.rules = rules
+        self._defaults = {name: Raw(_encode(value)) for name, value in rules.properties.items()}
+        packed = _encode(self._defaults)
+        self._prefix = packed[:-1] + b"," if self._defaults else b"{"
+        self._bare = Raw(packed)
+        keys = [_encode(name) for name in (*rules.properties, *FOLDED, *OPTIONS)]
+        self._watched = re.compile(b"|".join(re.escape(key) for key in keys) + rb"|\\u")
+        self._plain_keys = [key for key in keys if b"$" not in key]
+
+    def vouch(self, reads: Sequence[Read], random: int) -> Decoded:
+        """Chunks of all that is good in the reads, and a reject for each line that is not.
+
+        `random` has `RANDOM_BITS` bits and is never given twice.
+        """
+        flaws = Flaws()
+        opened, lines = _open(reads)
+        envelopes = self._decode(opened, sum(lines), max((len(read.lines) for read in reads), default=0))
+        places: Sequence[tuple[int, int]] | None = None
+        rejects: list[Reject] = []
+        if envelopes is None:
+            lines, places, envelopes, rejects = self._decode_singly(reads, flaws)
+        stamps = _stamps(reads, lines)
+        if places is not None:
+            first = list(accumulate(lines, initial=0))
+            stamps = [stamps[first[read] + line] for read, line in places]
+        uuids = _uuids(reads[0].at.wall if reads else 0, random, len(envelopes))
+        odd = self._complete(envelopes, stamps, uuids, self._concerned(opened), flaws)
+        if odd:
+            where = places or _places(lines, odd)
+            for at, reason in odd.items():
+                rejects.append(Reject(*where[at], reason, sample(_encode(envelopes[at]))))
+            envelopes = [envelope for at, envelope in enumerate(envelopes) if at not in odd]
+        for number, read in enumerate(reads):
+            if read.cut is not None:
+                rejects.append(Reject(number, lines[number], *read.cut))
+                lines[number] += 1
+        rejects.sort(key=_by_place)
+        return Decoded(
+            chunks=self._chunks(envelopes, reads[0].at) if envelopes else (),
+            rejects=rejects,
+            lines=lines,
+            tally=self._tally(sum(lines), rejects, flaws),
+        )
+
+    def _decode(self, opened: bytes, count: int, longest: int) -> list[Envelope] | None:
+        """All events of `count` opened lines at once; None where one of them needs a closer look."""
+        if longest > self.rules.max_event or not _is_utf8(opened):
+            return None
+        # Of every line's brackets, `_open` wrote one, and an event with its properties has two.
+        spare = _count(opened, b"{") + _count(opened, b"[") - 3 * count
+        if spare > SPARE_BRACKETS and any(map(too_deep, opened.split(b"\n"))):
+            return None
+        try:
+            return [envelope for (envelope,) in _rows(opened)]
+        except DECODE_ERRORS:
+            return None
+
+    def _decode_singly(
+        self, reads: Sequence[Read], flaws: Flaws
+    ) -> tuple[list[int], list[tuple[int, int]], list[Envelope], list[Reject]]:
+        """Line by line, so that only the culprits are refused: lines a read, places, envelopes, rejects."""
+        lines: list[int] = []
+        places: list[tuple[int, int]] = []
+        envelopes: list[Envelope] = []
+        rejects: list[Reject] = []
+        for number, read in enumerate(reads):
+            count = 0
+            for line in read.lines.split(b"\n"):
+                if not (line := line.strip()):
+                    continue
+                examined = examine(line, self.rules.max_event, flaws)
+                if isinstance(examined, str):
+                    rejects.append(Reject(number, count, examined, sample(line)))
+                else:
+                    places.append((number, count))
+                    envelopes.append(examined)
+                count += 1
+            lines.append(count)
+        return lines, places, envelopes, rejects
+
+    def _concerned(self, blob: bytes) -> bool:
+        """Whether a line may hold a key at which the door must look, however it is escaped."""
+        if b"$" in blob or (b"\\" in blob and b"\\u" in blob):
+            return self._watched.search(blob) is not None
+        return any(key in blob for key in self._plain_keys)
+
+    def _complete(
+        self,
+        envelopes: list[Envelope],
+        stamps: list[bytes],
+        uuids: list[bytes],
+        concerned: bool,
+        flaws: Flaws,
+    ) -> dict[int, Reason]:
+        """Complete every event in place; those that break a rule, by their place. The hot loop.
+
+        A plain event's uuid and timestamp are laid behind its sealed properties, which are written as they
+        are: so they cost no further field.
+        """
+        raw, prefix, default = Raw, self._prefix, self.rules.distinct_id or None
+        watched = self._watched.search if concerned else None
+        odd: dict[int, Reason] = {}
+        for at, (envelope, stamp, uuid) in enumerate(zip(envelopes, stamps, uuids, strict=True)):
+            properties = bytes(envelope.properties)
+            who = envelope.distinct_id
+            if who is None:
+                envelope.distinct_id = who = default
+            if (
+                type(who) is str
+                and not who.isspace()
+                and properties[:2] == b'{"'
+                and envelope.uuid is None
+                and envelope.timestamp is None
+                and (watched is None or not (watched(properties) or _has_roots(envelope)))
+            ):
+                envelope.properties = raw(prefix + properties[1:] + uuid + stamp)
+            elif reason := complete(
+                envelope, self._defaults, self.rules.distinct_id, _stamp(uuid, stamp), flaws
+            ):
+                odd[at] = reason
+        return odd
+
+    def _chunks(self, envelopes: list[Envelope], at: Instant) -> list[Chunk]:
+        """The events as chunks, none beyond the project's limits or a chunk's own."""
+        most = min(self.rules.max_batch_events, CHUNK_EVENTS)
+        parts = -(-len(envelopes) // most)
+        size = -(-len(envelopes) // parts)
+        chunks: list[Chunk] = []
+        todo = [envelopes[start : start + size] for start in range(0, len(envelopes), size)][::-1]
+        largest = min(self.rules.max_batch_size, CHUNK_BYTES)
+        while todo:
+            part = todo.pop()
+            data = _encode(part)[1:-1]
+            if len(data) > largest and len(part) > 1:
+                todo += (part[len(part) // 2 :], part[: len(part) // 2])
+                continue
+            chunks.append(
+                Chunk(
+                    project=self.rules.project,
+                    events=len(part),
+                    size=len(data),
+                    crc=crc32(data),
+                    received_at=at.wall,
+                    boot=at.boot,
+                    monotonic=at.monotonic,
+                    packed=deflate(data),
+                )
+            )
+        return chunks
+
+    def _tally(self, received: int, rejects: Sequence[Reject], flaws: Flaws) -> Tally:
+        rejected: dict[Reason, int] = {}
+        for reject in rejects:
+            rejected[reject.reason] = rejected.get(reject.reason, 0) + 1
+        return Tally(
+            source=self.rules.source,
+            received=received,
+            rejected=rejected,
+            truncated=flaws.truncated,
+            restamped=flaws.restamped,
+        )
+
+
+def _open(reads: Sequence[Read]) -> tuple[bytes, list[int]]:
+    """All lines as one JSON array of arrays of one, and how many lines each read has.
+
+    Each newline becomes `],` newline `[`, so that JSON's own grammar keeps the lines apart: half an object
+    cannot swallow the next line, and no JSON string may hold a newline.
+    """
+    parts = [read.lines.replace(b"\n", b"],\n[") for read in reads]
+    lines = [(len(part) - len(read.lines)) // 3 for part, read in zip(parts, reads, strict=True)]
+    blob = b"".join(parts)
+    return (b"".join((b"[[", blob[:-4], b"]]")) if blob else b"[]"), lines
+
+
+def _count(blob: bytes, byte: bytes) -> int:
+    """How often a byte occurs; `bytes.count` looks at each byte, `replace` only at those it finds."""
+    return len(blob) - len(blob.replace(byte, b""))
+
+
+def _by_place(reject: Reject) -> tuple[int, int]:
+    return reject.read, reject.line
+
+
+def _is_utf8(blob: bytes) -> bool:
+    """Whether all of it is UTF-8, also where the decoder does not look."""
+    if blob.isascii():
+        return True
+    try:
+        blob.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _has_roots(envelope: Envelope) -> bool:
+    """Whether an event has root fields that belong into its properties."""
+    return not (envelope.set is envelope.set_once is envelope.groups is envelope.options is UNSET)
+
+
+def _places(lines: Sequence[int], at: Mapping[int, Reason]) -> dict[int, tuple[int, int]]:
+    """For places in the whole, which read and which line of it, where every line is an event."""
+    ends = list(accumulate(lines))
+    found = {}
+    for place in at:
+        read = bisect_right(ends, place)
+        found[place] = (read, place - (ends[read] - lines[read]))
+    return found
+
+
+def _stamps(reads: Sequence[Read], lines: Sequence[int]) -> list[bytes]:
+    """For each line the text of its timestamp, a microsecond apart: they sort as they came."""
+    stamps: list[bytes] = []
+    for read, count in zip(reads, lines, strict=True):
+        wall, end = read.at.wall, read.at.wall + count
+        while wall < end:
+            milliseconds, first = divmod(wall, 1000)
+            moment = _EPOCH + timedelta(milliseconds=milliseconds)
+            head = b'","timestamp":"%b' % moment.isoformat(timespec="milliseconds")[:-6].encode()
+            some = _MICROSECONDS[first : first + end - wall]
+            stamps += [head + microsecond for microsecond in some]
+            wall += len(some)
+    return stamps
+
+
+def _uuids(wall: int, random: int, count: int) -> list[bytes]:
+    """For each event the text of a UUIDv7: the time, a counter, and bits that no other chunk has."""
+    milliseconds = b"%012x" % (wall // 1000 & 0xFFFF_FFFF_FFFF)
+    head = b',"uuid":"%b-%b-' % (milliseconds[:8], milliseconds[8:])
+    uuids: list[bytes] = []
+    while len(uuids) < count:
+        last = b"%016x" % (_VARIANT | random & (1 << RANDOM_BITS) - 1)
+        tail = b"%b-%b" % (last[:4], last[4:])
+        uuids += [head + counter + tail for counter in _COUNTERS[: count - len(uuids)]]
+        random += 1
+    return uuids
+
+
+def _stamp(uuid: bytes, stamp: bytes) -> Stamp:
+    """Both as text, for an event that is completed field by field."""
+    return Stamp(uuid.split(b'"')[3].decode(), stamp.split(b'"')[4].decode())
