@@ -1,0 +1,175 @@
+"""The wall between accepting and delivering: what a buffer promises, whatever it is made of.
+
+Custody passes at two moments. When `put` has returned, the buffer owns the events and they may be
+acknowledged. When `settle` has returned, it no longer does. Everything between may crash.
+"""
+
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Literal, NamedTuple, Protocol
+
+import msgspec
+import trio
+
+from agent import AgentError
+from agent.events import Chunk, Tally
+
+Shed = Literal["full_oldest", "full_newest", "expired", "damaged", "shutdown"]
+SHED: tuple[Shed, ...] = Shed.__args__  # type: ignore[attr-defined]  # typing keeps the values there
+
+# How long leaving a lease's block may shield itself from cancellation to release or settle it.
+PARTING_SECONDS = 1.0
+
+
+class BufferBroken(AgentError):
+    """The buffer cannot be opened, or no longer be written."""
+
+
+class BufferBusy(BufferBroken):
+    """Another agent owns the buffer."""
+
+    exit_code = 75
+
+
+class Entry(NamedTuple):
+    """One line of the books: which total, whose (a source's or project's name), and why."""
+
+    joint: str
+    label: str
+    reason: str
+
+
+Books = Counter[Entry]
+
+
+class Limits(NamedTuple):
+    """How much one lease may hold; the first chunk is always given."""
+
+    events: int
+    size: int
+
+
+class DeadEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """An event that PostHog will never take, kept with its reason. `at` is in microseconds."""
+
+    project: str
+    key: str | None = None
+    event: bytes
+    reason: str
+    detail: str
+    at: int
+    received_at: int
+    attempts: int = 1
+
+
+class Lease(msgspec.Struct, frozen=True, kw_only=True, eq=False):
+    """Chunks taken from the buffer and neither settled nor released; dies with the process."""
+
+    project: str
+    key: str | None
+    chunks: tuple[Chunk, ...]
+    ids: tuple[int, ...]
+
+
+class Stats(NamedTuple):
+    """What the buffer holds: events, their packed bytes, bytes on disk, the bound, the oldest's time (µs)."""
+
+    events: int
+    bytes: int
+    disk_bytes: int
+    limit_bytes: int
+    oldest: int | None
+    dead_letters: int
+    waiting: int
+
+
+class Buffer(Protocol):
+    """At least once; leased chunks are never shed; roughly oldest first, no order between leases.
+
+    The books belong to the buffer: each method enters what it did in the same transaction, and `books`
+    shows only what is committed.
+    """
+
+    async def put(self, chunks: Sequence[Chunk], tally: Tally) -> int:
+        """Own the chunks and book the tally; returns once durable how many events were taken.
+
+        Fewer than given means that the newest chunks were shed (`drop_newest`). With `block` it waits
+        for room; cancelled while it waits, the chunks are not taken.
+        """
+
+    async def take(self, limits: Limits, project: str) -> Lease | None:
+        """Lease the oldest chunks of one project and key; None when there are none to lease."""
+
+    async def settle(
+        self,
+        lease: Lease,
+        dead: Sequence[DeadEvent] = (),
+        rest: Sequence[Chunk] = (),
+        damaged: int = 0,
+    ) -> None:
+        """Forget the lease, bury `dead` and keep `rest`, in one transaction.
+
+        `damaged` events of it could not be read any more and are shed; all others were delivered.
+        """
+
+    async def release(self, lease: Lease) -> None:
+        """Give the lease back untouched; it goes to the back."""
+
+    async def ready(self, project: str, events: int, linger: float) -> None:
+        """Return when `events` of a project wait to be leased, or some have waited `linger` seconds."""
+
+    def stats(self) -> Stats:
+        """What it holds now."""
+
+    def books(self) -> Books:
+        """The totals since the buffer was made, a copy."""
+
+    def close_door(self) -> None:
+        """From now on a put that finds no room is given up, counted as shed by the shutdown."""
+
+    @property
+    def trouble(self) -> str:
+        """Why the last write failed; empty when it did not."""
+
+
+@asynccontextmanager
+async def leased(buffer: Buffer, lease: Lease) -> AsyncIterator[Lease]:
+    """A lease for a block; leaving the block without `settle` releases it."""
+    try:
+        yield lease
+    finally:
+        with trio.move_on_after(PARTING_SECONDS, shield=True):
+            await buffer.release(lease)
+
+
+def entries_put(tally: Tally, taken: int, refused: int) -> Books:
+    """What a put enters: `refused` events of the tally's were shed by `drop_newest`."""
+    books = Books(
+        {
+            Entry("received", tally.source, ""): tally.received,
+            Entry("accepted", tally.source, ""): taken,
+            Entry("shed", tally.source, "full_newest"): refused,
+            Entry("truncated", tally.source, ""): tally.truncated,
+            Entry("restamped", tally.source, ""): tally.restamped,
+            Entry("dropped", tally.source, ""): tally.dropped,
+        }
+    )
+    for reason, count in tally.rejected.items():
+        books[Entry("rejected", tally.source, reason)] += count
+    return +books
+
+
+def entries_settle(lease: Lease, dead: Sequence[DeadEvent], rest: Sequence[Chunk], damaged: int) -> Books:
+    """What a settlement enters: what is neither dead, kept nor damaged was delivered."""
+    leased_events = sum(chunk.events for chunk in lease.chunks)
+    kept = sum(chunk.events for chunk in rest)
+    books = Books(
+        {
+            Entry("delivered", lease.project, ""): leased_events - len(dead) - kept - damaged,
+            Entry("shed", lease.project, "damaged"): damaged,
+        }
+    )
+    for event in dead:
+        books[Entry("dead", lease.project, event.reason)] += 1
+    return +books

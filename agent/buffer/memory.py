@@ -1,0 +1,225 @@
+"""The honest fake: a buffer in memory that keeps the same contract, but not over the process's end.
+
+It uses no thread, so that tests may let time pass by themselves; as `kind = "memory"` it serves hosts whose
+disk must not be written.
+"""
+
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import trio
+
+from agent import config
+from agent.buffer import (
+    Books,
+    DeadEvent,
+    Entry,
+    Lease,
+    Limits,
+    Stats,
+    entries_put,
+    entries_settle,
+)
+from agent.buffer.lanes import Lanes
+from agent.buffer.waiting import Waiting
+from agent.events import Chunk, Tally
+
+# A chunk's objects beside its packed bytes; sys.getsizeof of them, rounded up.
+CHUNK_OVERHEAD = 500
+# Dead letters take at most this part of the bound.
+DEAD_SHARE = 10
+
+
+class MemoryBuffer:
+    """A `Buffer` of dictionaries."""
+
+    trouble = ""
+
+    def __init__(self, settings: config.Buffer) -> None:
+        self._settings = settings
+        self._chunks: dict[int, Chunk] = {}
+        self._lanes = Lanes()
+        self._last = 0
+        self._bytes = 0
+        self._dead: list[DeadEvent] = []
+        self._dead_bytes = 0
+        self._books: Books = Counter()
+        self._available: Counter[str] = Counter()
+        self._waiting = Waiting()
+        self._room = trio.Event()
+        self._queue = trio.StrictFIFOLock()
+        self._callers = 0
+        self._closing = False
+
+    async def put(self, chunks: Sequence[Chunk], tally: Tally) -> int:
+        """See `Buffer.put`."""
+        await trio.lowlevel.checkpoint()
+        events = sum(chunk.events for chunk in chunks)
+        size = sum(map(_cost, chunks))
+        if not chunks:
+            self._books.update(entries_put(tally, 0, 0))
+            return 0
+        self._callers += 1
+        try:
+            async with self._queue:
+                return await self._put_in_turn(chunks, tally, events, size)
+        finally:
+            self._callers -= 1
+
+    async def _put_in_turn(self, chunks: Sequence[Chunk], tally: Tally, events: int, size: int) -> int:
+        while not self._make_room(size):
+            if self._settings.when_full == "drop_newest":
+                self._books.update(entries_put(tally, 0, events))
+                return 0
+            if self._closing:
+                self._books.update(entries_put(tally, 0, 0))
+                self._books[Entry("shed", tally.source, "shutdown")] += events
+                return 0
+            await self._room.wait()
+        for chunk in chunks:
+            self._insert(chunk)
+        self._books.update(entries_put(tally, events, 0))
+        self._show()
+        return events
+
+    def _insert(self, chunk: Chunk) -> None:
+        self._last += 1
+        self._chunks[self._last] = chunk
+        self._bytes += _cost(chunk)
+        self._available[chunk.project] += chunk.events
+        self._lanes.put((chunk.project, chunk.key), self._last)
+
+    def _make_room(self, size: int) -> bool:
+        """Whether so many bytes fit, if need be by shedding the oldest chunks that are not on lease."""
+        self._expire()
+        if self._settings.when_full == "drop_oldest":
+            for ident in [ident for ident in self._chunks if ident not in self._lanes.leased]:
+                if self._bytes + size <= self._settings.max_size:
+                    break
+                self._shed(ident, "full_oldest")
+        return self._bytes + size <= self._settings.max_size
+
+    def _expire(self) -> None:
+        if not self._settings.max_age:
+            return
+        oldest = time.time_ns() // 1000 - int(self._settings.max_age * 1_000_000)
+        for ident, chunk in list(self._chunks.items()):
+            if chunk.received_at >= oldest:
+                break
+            if ident not in self._lanes.leased:
+                self._shed(ident, "expired")
+
+    def _shed(self, ident: int, why: str) -> None:
+        chunk = self._chunks.pop(ident)
+        self._bytes -= _cost(chunk)
+        self._available[chunk.project] -= chunk.events
+        self._books[Entry("shed", chunk.project, why)] += chunk.events
+        self._lanes.drop((chunk.project, chunk.key), ident)
+
+    async def take(self, limits: Limits, project: str) -> Lease | None:
+        """See `Buffer.take`."""
+        await trio.lowlevel.checkpoint()
+        self._expire()
+        for lane, queue in self._lanes.turns(project):
+            again = queue.offer(limits.events)
+            fresh = [
+                ident
+                for ident, chunk in self._chunks.items()
+                if ident > queue.cursor and (chunk.project, chunk.key) == lane
+            ]
+            ids = self._fit(again + fresh, limits)
+            if ids:
+                chunks = tuple(self._chunks[ident] for ident in ids)
+                self._lanes.lease(lane, ids)
+                self._available[project] -= sum(chunk.events for chunk in chunks)
+                self._show()
+                return Lease(project=project, key=lane[1], chunks=chunks, ids=tuple(ids))
+        return None
+
+    def _fit(self, ids: Sequence[int], limits: Limits) -> list[int]:
+        events = size = 0
+        fitting: list[int] = []
+        for ident in ids:
+            events += self._chunks[ident].events
+            size += self._chunks[ident].size
+            if fitting and (events > limits.events or size > limits.size):
+                break
+            fitting.append(ident)
+        return fitting
+
+    async def settle(
+        self,
+        lease: Lease,
+        dead: Sequence[DeadEvent] = (),
+        rest: Sequence[Chunk] = (),
+        damaged: int = 0,
+    ) -> None:
+        """See `Buffer.settle`."""
+        for ident in lease.ids:
+            self._bytes -= _cost(self._chunks.pop(ident))
+        self._lanes.forget((lease.project, lease.key), lease.ids)
+        for chunk in rest:
+            self._insert(chunk)
+        for event in dead:
+            self._bury(event)
+        self._books.update(entries_settle(lease, dead, rest, damaged))
+        self._show()
+        await trio.lowlevel.checkpoint()
+
+    def _bury(self, event: DeadEvent) -> None:
+        self._dead.append(event)
+        self._dead_bytes += len(event.event)
+        while self._dead_bytes > self._settings.max_size // DEAD_SHARE:
+            self._dead_bytes -= len(self._dead.pop(0).event)
+            self._books[Entry("dead_evicted", "", "")] += 1
+
+    async def release(self, lease: Lease) -> None:
+        """See `Buffer.release`."""
+        if lease.ids[0] in self._lanes.leased:
+            self._lanes.give_back((lease.project, lease.key), lease.ids)
+            self._available[lease.project] += sum(chunk.events for chunk in lease.chunks)
+            self._show()
+        await trio.lowlevel.checkpoint()
+
+    async def ready(self, project: str, events: int, linger: float) -> None:
+        """See `Buffer.ready`."""
+        await self._waiting.ready(project, events, linger)
+
+    def _show(self) -> None:
+        """What changed becomes visible to those who wait."""
+        self._waiting.show(self._available)
+        self._room.set()
+        self._room = trio.Event()
+
+    def stats(self) -> Stats:
+        """See `Buffer.stats`."""
+        return Stats(
+            events=sum(chunk.events for chunk in self._chunks.values()),
+            bytes=sum(len(chunk.packed) for chunk in self._chunks.values()),
+            disk_bytes=0,
+            limit_bytes=self._settings.max_size,
+            oldest=next((chunk.received_at for chunk in self._chunks.values()), None),
+            dead_letters=len(self._dead),
+            waiting=self._callers,
+        )
+
+    def books(self) -> Books:
+        """See `Buffer.books`."""
+        return self._books.copy()
+
+    def close_door(self) -> None:
+        """See `Buffer.close_door`."""
+        self._closing = True
+        self._show()
+
+
+def _cost(chunk: Chunk) -> int:
+    return len(chunk.packed) + CHUNK_OVERHEAD
+
+
+@asynccontextmanager
+async def open_memory(settings: config.Buffer) -> AsyncIterator[MemoryBuffer]:
+    """The buffer for as long as the block lasts."""
+    yield MemoryBuffer(settings)

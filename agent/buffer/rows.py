@@ -1,0 +1,100 @@
+"""The buffer's statements, what they are asked for, and what a transaction changes beside its rows."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from agent.buffer import Books, DeadEvent, Lease, Limits
+from agent.buffer.lanes import Lane
+from agent.events import Chunk, Tally
+
+INSERT_CHUNK = """INSERT INTO chunk
+    (project, key, events, size, crc, received_at, boot, monotonic, bytes, packed)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+UPDATE_CHUNK = "UPDATE chunk SET events = ?, size = ?, crc = ?, bytes = ?, packed = ? WHERE id = ?"
+INSERT_DEAD = """INSERT INTO dead (project, key, reason, detail, at, received_at, attempts, event)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?)"""
+ENTER = """INSERT INTO books VALUES (?, ?, ?, ?)
+    ON CONFLICT (joint, label, reason) DO UPDATE SET total = total + excluded.total"""
+OLDEST_DEAD = "SELECT id, length(event) FROM dead ORDER BY id LIMIT 1"
+COUNT_DEAD = "SELECT count(*), ifnull(sum(length(event)), 0) FROM dead"
+COUNT_LANES = """SELECT project, key, count(*), max(id), sum(events), sum(bytes)
+    FROM chunk GROUP BY project, key"""
+CHUNK_BY_ID = """SELECT events, size, crc, received_at, boot, monotonic, packed
+    FROM chunk WHERE id = ?"""
+SIZE_BY_ID = "SELECT id, events, size FROM chunk WHERE id = ?"
+SIZES_BEYOND_CURSOR = """SELECT id, events, size FROM chunk
+    WHERE project = ? AND key IS ? AND id > ? ORDER BY id LIMIT ?"""
+OLDEST = "SELECT id, project, key, events, bytes, received_at FROM chunk ORDER BY id"
+
+# What a row costs beside its packed bytes: columns, its index entry, page headers; measured, rounded up.
+ROW_BYTES = 200
+
+
+class Deposit(msgspec.Struct, eq=False):
+    """A put: `taken` is None while it waits for room."""
+
+    chunks: Sequence[Chunk]
+    tally: Tally
+    taken: int | None = None
+
+    @property
+    def events(self) -> int:
+        """How many events it brings."""
+        return sum(chunk.events for chunk in self.chunks)
+
+    @property
+    def bytes(self) -> int:
+        """About how many bytes it will take on disk."""
+        return sum(len(chunk.packed) + ROW_BYTES for chunk in self.chunks)
+
+
+class Settlement(msgspec.Struct, eq=False):
+    """A settle: `damaged` counts events that could not be read any more."""
+
+    lease: Lease
+    dead: Sequence[DeadEvent]
+    rest: Sequence[Chunk]
+    damaged: int
+
+
+class Taking(msgspec.Struct, eq=False):
+    """A take and what it got."""
+
+    limits: Limits
+    project: str
+    lease: Lease | None = None
+
+
+class Change(msgspec.Struct):
+    """What a transaction does beside its rows; applied once it is committed."""
+
+    books: Books = msgspec.field(default_factory=Counter)
+    available: Counter[str] = msgspec.field(default_factory=Counter)  # events by project
+    events: int = 0
+    bytes: int = 0
+    dead_letters: int = 0
+    dead_bytes: int = 0
+    lanes: list[Callable[[], None]] = msgspec.field(default_factory=list)
+
+
+def chunk_of(lane: Lane, row: tuple[int, int, int, int, str, int, bytes]) -> Chunk:
+    """What `CHUNK_BY_ID` found."""
+    events, size, crc, received_at, boot, monotonic, packed = row
+    return Chunk(
+        project=lane[0],
+        key=lane[1],
+        events=events,
+        size=size,
+        crc=crc,
+        received_at=received_at,
+        boot=boot,
+        monotonic=monotonic,
+        packed=packed,
+    )
+
+
+def same_origin(old: Chunk, new: Chunk) -> bool:
+    """Whether `new` is what is left of `old`: it keeps its chunk's times."""
+    return (old.received_at, old.monotonic, old.boot) == (new.received_at, new.monotonic, new.boot)

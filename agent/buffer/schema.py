@@ -1,0 +1,66 @@
+"""The buffer's tables and how older ones become them; sqlite-utils keeps the record of what was applied.
+
+`chunk`: what waits, a row a chunk, the oldest first by `id`, which is never used twice. `dead`: what PostHog
+refused. `books`: the totals, a row for each joint, label (a source's or project's name) and reason.
+"""
+
+import sqlite3
+
+from sqlite_utils import Database, Migrations
+
+migrations = Migrations("capture-agent")
+
+
+@migrations()
+def first_tables(db: Database) -> None:
+    """Version 1."""
+    # A key that may repeat after the table was empty would strand rows behind a cursor, hence AUTOINCREMENT.
+    db.execute(
+        """CREATE TABLE chunk (
+            id INTEGER PRIMARY KEY AUTOINCREMENT,
+            project TEXT NOT NULL,
+            key TEXT,
+            events INTEGER NOT NULL,
+            size INTEGER NOT NULL,
+            crc INTEGER NOT NULL,
+            received_at INTEGER NOT NULL,
+            boot TEXT NOT NULL,
+            monotonic INTEGER NOT NULL,
+            bytes INTEGER NOT NULL,
+            packed BLOB NOT NULL
+        )"""
+    )
+    # Covers what opening must sum up, so that a large backlog is not read to be counted.
+    db.table("chunk").create_index(["project", "key", "id", "events", "bytes"], index_name="chunk_lane")
+    db.execute(
+        """CREATE TABLE dead (
+            id INTEGER PRIMARY KEY AUTOINCREMENT,
+            project TEXT NOT NULL,
+            key TEXT,
+            reason TEXT NOT NULL,
+            detail TEXT NOT NULL,
+            at INTEGER NOT NULL,
+            received_at INTEGER NOT NULL,
+            attempts INTEGER NOT NULL,
+            event BLOB NOT NULL
+        )"""
+    )
+    db.execute(
+        """CREATE TABLE books (
+            joint TEXT NOT NULL,
+            label TEXT NOT NULL,
+            reason TEXT NOT NULL,
+            total INTEGER NOT NULL,
+            PRIMARY KEY (joint, label, reason)
+        ) WITHOUT ROWID"""
+    )
+
+
+# Kept in SQLite's `user_version`, so that a start with nothing to migrate need not load this module.
+VERSION = 1
+
+
+def migrate(connection: sqlite3.Connection) -> None:
+    """Bring the database to `VERSION`; each step is a transaction of its own."""
+    migrations.apply(Database(connection))
+    connection.execute(f"PRAGMA user_version = {VERSION}")

@@ -1,0 +1,307 @@
+"""The default buffer: a SQLite file whose every commit serves all who wait for one (group commit).
+
+Callers queue what they want done; one task takes all of it and has it done in one transaction, in a worker
+thread. So with `durability = "full"` a disk sync is paid once a group, not once a chunk, and a caller that is
+cancelled leaves its group intact. Nobody else ever touches the connection.
+"""
+
+import sqlite3
+import time
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import structlog
+import trio
+
+from agent import config
+from agent.buffer import Books, BufferBroken, DeadEvent, Lease, Limits, Stats
+from agent.buffer.rows import Deposit, Settlement, Taking
+from agent.buffer.store import Store
+from agent.buffer.waiting import Waiting
+from agent.events import Chunk, Tally
+from agent.metrics import Metrics
+
+log = structlog.get_logger("buffer")
+
+# After a write failed (a full or broken disk) the next try: soon, and cheap even on a small host.
+RETRY_SECONDS = 1.0
+# Age is looked at this often; `max_age` is meant in hours or days.
+EXPIRY_SECONDS = 1.0
+# Quiet for so long, the file gives free pages back, in steps of 1 MiB, so that a sudden put hardly waits.
+IDLE_SECONDS = 5.0
+IDLE_PAGES = 64
+
+T = TypeVar("T", Deposit, Settlement, Taking, Lease)
+
+
+class _Asked(Generic[T]):
+    """What one caller wants done, and the bell that tells it that it was."""
+
+    def __init__(self, what: T) -> None:
+        self.what: T = what
+        self.done = trio.Event()
+        self.abandoned = False
+
+
+class _Group:
+    """What is done at once."""
+
+    def __init__(
+        self,
+        settlements: list[_Asked[Settlement]],
+        deposits: list[_Asked[Deposit]],
+        releases: list[_Asked[Lease]],
+        takings: list[_Asked[Taking]],
+    ) -> None:
+        self.settlements = settlements
+        self.deposits = deposits
+        self.releases = releases
+        self.takings = takings
+        self.settled = False
+        self.error = ""
+        self.seconds = 0.0
+
+
+class SqliteBuffer:
+    """A `Buffer` on disk. `trouble` says why the last write failed; it is empty when it did not."""
+
+    def __init__(self, store: Store, settings: config.Buffer, metrics: Metrics) -> None:
+        self._store = store
+        self._settings = settings
+        self._metrics = metrics
+        self._limiter = trio.CapacityLimiter(1)
+        self._settlements: list[_Asked[Settlement]] = []
+        self._deposits: list[_Asked[Deposit]] = []
+        self._releases: list[_Asked[Lease]] = []
+        self._takings: list[_Asked[Taking]] = []
+        self._bell = trio.Event()
+        self._full = False  # the deposits that wait found no room
+        self._closing = False
+        self._waiting = Waiting()
+        self.trouble = ""
+        self._show()
+
+    async def put(self, chunks: Sequence[Chunk], tally: Tally) -> int:
+        """See `Buffer.put`."""
+        asked = _Asked[Deposit](Deposit(chunks, tally))
+        self._deposits.append(asked)
+        try:
+            await self._done(asked)
+        except trio.Cancelled:
+            asked.abandoned = True
+            if asked in self._deposits:
+                self._deposits.remove(asked)
+            raise
+        return asked.what.taken or 0
+
+    async def take(self, limits: Limits, project: str) -> Lease | None:
+        """See `Buffer.take`."""
+        asked = _Asked[Taking](Taking(limits, project))
+        self._takings.append(asked)
+        try:
+            await self._done(asked)
+        except trio.Cancelled:
+            asked.abandoned = True
+            raise
+        return asked.what.lease
+
+    async def settle(
+        self,
+        lease: Lease,
+        dead: Sequence[DeadEvent] = (),
+        rest: Sequence[Chunk] = (),
+        damaged: int = 0,
+    ) -> None:
+        """See `Buffer.settle`. Cancelled, it is done all the same."""
+        asked = _Asked(Settlement(lease, dead, rest, damaged))
+        self._settlements.append(asked)
+        await self._done(asked)
+
+    async def release(self, lease: Lease) -> None:
+        """See `Buffer.release`."""
+        asked = _Asked(lease)
+        self._releases.append(asked)
+        await self._done(asked)
+
+    async def ready(self, project: str, events: int, linger: float) -> None:
+        """See `Buffer.ready`."""
+        await self._waiting.ready(project, events, linger)
+
+    def stats(self) -> Stats:
+        """See `Buffer.stats`."""
+        return self._stats._replace(disk_bytes=self._store.disk_bytes(), waiting=len(self._deposits))
+
+    def books(self) -> Books:
+        """See `Buffer.books`."""
+        return self._books.copy()
+
+    def close_door(self) -> None:
+        """From now on a put that finds no room is given up, counted as shed by the shutdown."""
+        self._closing = True
+        self._full = False
+        self._bell.set()
+
+    async def _done(self, asked: _Asked[T]) -> None:
+        self._bell.set()
+        await asked.done.wait()
+
+    async def serve(self) -> None:
+        """Do what is asked, all of it at once, for ever; the one task that uses the store."""
+        while True:
+            with trio.move_on_after(self._patience()) as patience:
+                await self._bell.wait()
+            self._bell = trio.Event()
+            if patience.cancelled_caught:
+                self._full = False
+                if not self.trouble and self._store.free_pages and not self._deposits:
+                    await self._in_thread(partial(self._store.give_back_pages, IDLE_PAGES))
+            with trio.CancelScope(shield=True):  # what was taken off the queues is done
+                await self.serve_group(now=time.time_ns() // 1000)
+
+    def _patience(self) -> float:
+        """How long to sleep, in seconds, when nobody asks for anything."""
+        if self.trouble and (self._deposits or self._settlements):
+            return RETRY_SECONDS
+        if self._settings.max_age and self._store.events:
+            return EXPIRY_SECONDS
+        return IDLE_SECONDS if self._store.free_pages else float("inf")
+
+    async def serve_group(self, now: int) -> None:
+        """Do all that is asked at this moment (µs), or as much as one transaction should hold."""
+        group = self._next_group()
+        await self._in_thread(partial(self._work, group, now, closing=self._closing))
+        self._show()
+        self._tell_trouble(group.error)
+        if group.deposits or group.settlements:
+            self._metrics.commit_seconds.observe(group.seconds)
+        if group.settled:
+            _ring(group.settlements)
+        else:
+            self._settlements = group.settlements + self._settlements
+        _ring(asked for asked in group.deposits if asked.what.taken is not None)
+        waiting = [asked for asked in group.deposits if asked.what.taken is None and not asked.abandoned]
+        self._full = any(asked.what.chunks for asked in waiting)
+        self._deposits = waiting + self._deposits
+        _ring(group.releases)
+        for asked in group.takings:
+            if asked.abandoned and asked.what.lease is not None:
+                self._releases.append(_Asked(asked.what.lease))
+                self._bell.set()
+            asked.done.set()
+
+    def _next_group(self) -> _Group:
+        group = _Group(self._settlements, [], self._releases, self._takings)
+        self._settlements, self._releases, self._takings = [], [], []
+        size = 0
+        later = []
+        full = self._full and not group.settlements
+        for asked in self._deposits:
+            if asked.what.chunks and (full or (group.deposits and size > self._store.room.group)):
+                later.append(asked)
+                continue
+            size += asked.what.bytes
+            group.deposits.append(asked)
+        self._deposits = later
+        if later and not full:
+            self._bell.set()
+        return group
+
+    def _work(self, group: _Group, now: int, *, closing: bool) -> None:
+        """In the worker thread: write, then read."""
+        started = time.perf_counter()
+        settlements = [asked.what for asked in group.settlements]
+        deposits = [asked.what for asked in group.deposits]
+        try:
+            if settlements or deposits or self._settings.max_age:
+                self._store.commit(settlements, deposits, now=now, closing=closing)
+            group.settled = True
+        except sqlite3.Error as error:
+            group.error = str(error)
+            if settlements:
+                self._settle_alone(group, settlements, now)
+        group.seconds = time.perf_counter() - started
+        for lease in group.releases:
+            self._store.release(lease.what)
+        for asked in group.takings:
+            self._store.take(asked.what)
+
+    def _settle_alone(self, group: _Group, settlements: Sequence[Settlement], now: int) -> None:
+        """Deliveries must go on when there is no room for what comes in: they are what makes room."""
+        try:
+            self._store.commit(settlements, (), now=now, closing=False)
+            group.settled = True
+        except sqlite3.Error as error:
+            group.error = str(error)
+
+    def _show(self) -> None:
+        """What is committed becomes visible."""
+        store = self._store
+        self._books: Books = store.books.copy()
+        self._stats = Stats(
+            events=store.events,
+            bytes=store.bytes,
+            disk_bytes=0,
+            limit_bytes=store.max_size,
+            oldest=store.oldest,
+            dead_letters=store.dead_letters,
+            waiting=0,
+        )
+        self._waiting.show(store.available)
+
+    def _tell_trouble(self, error: str) -> None:
+        """One line when writing begins to fail, one when it works again."""
+        if error and not self.trouble:
+            log.error(
+                "the buffer cannot be written; senders wait",
+                error=error,
+                hint="make room on the disk, or mend it; the agent tries again every second",
+            )
+        elif self.trouble and not error and not self._deposits:
+            log.info("the buffer is written again")
+        self.trouble = error
+
+    async def _in_thread(self, work: partial[None]) -> None:
+        await trio.to_thread.run_sync(work, limiter=self._limiter)
+
+    async def finish(self) -> None:
+        """Do what is still asked, then close the file. Nothing may be asked afterwards."""
+        self.close_door()
+        if self._deposits or self._settlements or self._releases:
+            await self.serve_group(now=time.time_ns() // 1000)
+        await self._in_thread(partial(self._store.close))
+
+
+def _ring(asked: "Iterable[_Asked[T]]") -> None:
+    for one in asked:
+        one.done.set()
+
+
+@asynccontextmanager
+async def open_sqlite(settings: config.Buffer, metrics: Metrics) -> AsyncIterator[SqliteBuffer]:
+    """The buffer for as long as the block lasts. Raises `BufferBroken` when its file cannot be used."""
+    path = Path(settings.path)
+    try:
+        store = Store(
+            path,
+            max_size=settings.max_size,
+            when_full=settings.when_full,
+            max_age=settings.max_age,
+            full=settings.durability == "full",
+        )
+    except sqlite3.Error as error:
+        raise BufferBroken(
+            f"{path}: {error}",
+            "if the file is damaged, move it away; the agent makes a new one",
+        ) from error
+    buffer = SqliteBuffer(store, settings, metrics)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(buffer.serve)
+        try:
+            yield buffer
+        finally:
+            nursery.cancel_scope.cancel()
+            with trio.CancelScope(shield=True):
+                await buffer.finish()

@@ -1,0 +1,307 @@
+"""The buffer's rows: each call is one transaction on the file, made in a worker thread, never two at once."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from agent.buffer import (
+    Books,
+    DeadEvent,
+    Entry,
+    Lease,
+    Shed,
+    entries_put,
+    entries_settle,
+)
+from agent.buffer.file import PAGE_BYTES, Ownership, Room, connect, disk_bytes
+from agent.buffer.lanes import Lane, Lanes, Queue
+from agent.buffer.rows import (
+    CHUNK_BY_ID,
+    COUNT_DEAD,
+    COUNT_LANES,
+    ENTER,
+    INSERT_CHUNK,
+    INSERT_DEAD,
+    OLDEST,
+    OLDEST_DEAD,
+    ROW_BYTES,
+    SIZE_BY_ID,
+    SIZES_BEYOND_CURSOR,
+    UPDATE_CHUNK,
+    Change,
+    Deposit,
+    Settlement,
+    Taking,
+    chunk_of,
+    same_origin,
+)
+from agent.events import Chunk
+
+# Dead letters take at most this part of the bound; the oldest go first.
+DEAD_SHARE = 10
+
+
+class Store:
+    """The database of one buffer, open. Its attributes show what is committed."""
+
+    def __init__(self, path: Path, *, max_size: int, when_full: str, max_age: float, full: bool) -> None:
+        self.path = path
+        self.room = Room.of(max_size)
+        self.max_size = max_size
+        self._when_full = when_full
+        self._max_age = int(max_age * 1_000_000)
+        self._ownership = Ownership(path)
+        try:
+            self._connection = connect(path, full=full, room=self.room)
+        except BaseException:
+            self._ownership.close()
+            raise
+        self._lanes = Lanes()
+        self._load()
+
+    def _load(self) -> None:
+        """Count what is there. A lease died with its process, so every chunk waits."""
+        run = self._connection.execute
+        self.books: Books = Counter()
+        for joint, label, reason, total in run("SELECT joint, label, reason, total FROM books"):
+            self.books[Entry(joint, label, reason)] = total
+        self.available: Counter[str] = Counter()  # events of each project that may be leased
+        self.events = self.bytes = 0
+        for project, key, chunks, newest, events, size in run(COUNT_LANES):
+            self._lanes.add((project, key), chunks, newest)
+            self.available[project] += events
+            self.events += events
+            self.bytes += size
+        self.dead_letters, self._dead_bytes = run(COUNT_DEAD).fetchone()
+        self._look_around()
+
+    def close(self) -> None:
+        """Checkpoint, close, and give the file up."""
+        try:
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        finally:
+            self._connection.close()
+            self._ownership.close()
+
+    def disk_bytes(self) -> int:
+        """The bytes of all files on disk."""
+        return disk_bytes(self.path)
+
+    # --- one transaction -------------------------------------------------------------------------
+
+    def commit(
+        self, settlements: Sequence[Settlement], deposits: Sequence[Deposit], *, now: int, closing: bool
+    ) -> None:
+        """All of it or, when it raises sqlite3.Error, nothing of it. `now` is in microseconds."""
+        change = Change()
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            for settlement in settlements:
+                self._settle(settlement, change)
+            self._expire(now, change)
+            taken = self._deposit_all(deposits, change, closing=closing)
+            self._connection.executemany(ENTER, [(*entry, total) for entry, total in change.books.items()])
+            self._connection.execute("COMMIT")
+        except BaseException:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+            raise
+        for deposit, count in zip(deposits, taken, strict=True):
+            deposit.taken = count
+        self._apply(change)
+
+    def _apply(self, change: Change) -> None:
+        """Show what was committed."""
+        for step in change.lanes:
+            step()
+        self.books.update(change.books)
+        self.available.update(change.available)
+        self.events += change.events
+        self.bytes += change.bytes
+        self.dead_letters += change.dead_letters
+        self._dead_bytes += change.dead_bytes
+        self._look_around()
+
+    def _look_around(self) -> None:
+        row = self._connection.execute("SELECT received_at FROM chunk ORDER BY id LIMIT 1").fetchone()
+        self.oldest: int | None = row[0] if row else None
+        self.free_pages: int = self._connection.execute("PRAGMA freelist_count").fetchone()[0]
+
+    # --- putting ---------------------------------------------------------------------------------
+
+    def _deposit_all(self, deposits: Sequence[Deposit], change: Change, *, closing: bool) -> list[int | None]:
+        """What each put got; one that waits for room is not overtaken by a smaller one."""
+        taken: list[int | None] = []
+        full = False
+        for deposit in deposits:
+            got = None if full and deposit.chunks else self._deposit(deposit, change, closing=closing)
+            full = full or got is None
+            taken.append(got)
+        return taken
+
+    def _deposit(self, deposit: Deposit, change: Change, *, closing: bool) -> int | None:
+        """How many events were taken; None when there is no room and it must wait."""
+        events = deposit.events
+        if deposit.chunks and not self._make_room(deposit.bytes, change):
+            if self._when_full == "drop_newest":
+                change.books.update(entries_put(deposit.tally, 0, events))
+                return 0
+            if not closing:
+                return None
+            change.books.update(entries_put(deposit.tally, 0, 0))
+            change.books[Entry("shed", deposit.tally.source, "shutdown")] += events
+            return 0
+        for chunk in deposit.chunks:
+            self._insert(chunk, change)
+        change.books.update(entries_put(deposit.tally, events, 0))
+        return events
+
+    def _insert(self, chunk: Chunk, change: Change) -> None:
+        lane: Lane = (chunk.project, chunk.key)
+        row = (
+            *lane, chunk.events, chunk.size, chunk.crc, chunk.received_at, chunk.boot, chunk.monotonic,
+            len(chunk.packed), chunk.packed,
+        )  # fmt: skip
+        ident = self._connection.execute(INSERT_CHUNK, row).lastrowid
+        assert ident is not None  # noqa: S101  # an INSERT has one
+        self._count(chunk, change)
+        change.lanes.append(lambda: self._lanes.put(lane, ident))
+
+    def _make_room(self, size: int, change: Change) -> bool:
+        """Whether so many bytes fit, if need be by shedding the oldest chunks that are not on lease."""
+        missing = size - self._free()
+        if missing <= 0:
+            return True
+        if self._when_full != "drop_oldest":
+            return False
+        for row in list(self._waiting_rows(limit=-1 if missing > self.room.group else 4096)):
+            missing -= row[4] + ROW_BYTES
+            self._shed(row, "full_oldest", change)
+            if missing <= 0 and size <= self._free():
+                return True
+        return False
+
+    def _free(self) -> int:
+        """Bytes that `put` may still use: free pages are room."""
+        pages = self._connection.execute("PRAGMA page_count").fetchone()[0]
+        free = self._connection.execute("PRAGMA freelist_count").fetchone()[0]
+        return int(self.room.data - (pages - free) * PAGE_BYTES)
+
+    def _waiting_rows(self, limit: int) -> Iterator[tuple[int, str, str | None, int, int, int]]:
+        """The oldest chunks that are not on lease."""
+        leased = self._lanes.leased
+        for row in self._connection.execute(f"{OLDEST} LIMIT ?", (limit,)):
+            if row[0] not in leased:
+                yield row
+
+    def _shed(self, row: tuple[int, str, str | None, int, int, int], why: Shed, change: Change) -> None:
+        ident, project, key, events, size, _ = row
+        self._connection.execute("DELETE FROM chunk WHERE id = ?", (ident,))
+        change.books[Entry("shed", project, why)] += events
+        change.available[project] -= events
+        change.events -= events
+        change.bytes -= size
+        change.lanes.append(lambda: self._lanes.drop((project, key), ident))
+
+    def _expire(self, now: int, change: Change) -> None:
+        """Shed what is older than `max_age`; chunks lie about in the order of their age."""
+        if not self._max_age:
+            return
+        for row in list(self._waiting_rows(limit=1024)):
+            if row[5] >= now - self._max_age:
+                break
+            self._shed(row, "expired", change)
+
+    # --- taking and settling ---------------------------------------------------------------------
+
+    def take(self, taking: Taking) -> None:
+        """Lease the oldest chunks of one of the project's lanes; writes nothing."""
+        for lane, queue in self._lanes.turns(taking.project):
+            ids: list[int] = []
+            events = size = 0
+            for ident, more_events, more_size in self._candidates(lane, queue, taking.limits.events):
+                events, size = events + more_events, size + more_size
+                if ids and (events > taking.limits.events or size > taking.limits.size):
+                    break
+                ids.append(ident)
+            if ids:
+                rows = [self._connection.execute(CHUNK_BY_ID, (ident,)).fetchone() for ident in ids]
+                chunks = tuple(chunk_of(lane, row) for row in rows)
+                self._lanes.lease(lane, ids)
+                self.available[lane[0]] -= sum(chunk.events for chunk in chunks)
+                taking.lease = Lease(project=lane[0], key=lane[1], chunks=chunks, ids=tuple(ids))
+                return
+
+    def _candidates(self, lane: Lane, queue: Queue, most: int) -> Iterator[tuple[int, int, int]]:
+        """The lane's chunks that may be leased, those that came back first: id, events, size."""
+        for ident in queue.offer(most):
+            yield self._connection.execute(SIZE_BY_ID, (ident,)).fetchone()
+        yield from self._connection.execute(SIZES_BEYOND_CURSOR, (*lane, queue.cursor, most))
+
+    def release(self, lease: Lease) -> None:
+        """Give a lease back; nothing where it was settled."""
+        if lease.ids and lease.ids[0] in self._lanes.leased:
+            self._lanes.give_back((lease.project, lease.key), lease.ids)
+            self.available[lease.project] += sum(chunk.events for chunk in lease.chunks)
+
+    def _settle(self, settlement: Settlement, change: Change) -> None:
+        """Forget the lease, bury the dead, keep the rest in its chunks' places."""
+        lease, lane = settlement.lease, (settlement.lease.project, settlement.lease.key)
+        kept = self._keep(lease, settlement.rest, change)
+        gone = [ident for ident in lease.ids if ident not in kept]
+        self._connection.executemany("DELETE FROM chunk WHERE id = ?", [(ident,) for ident in gone])
+        for dead in settlement.dead:
+            self._bury(dead, change)
+        change.books.update(entries_settle(lease, settlement.dead, settlement.rest, settlement.damaged))
+        change.events -= sum(chunk.events for chunk in lease.chunks)
+        change.bytes -= sum(len(chunk.packed) for chunk in lease.chunks)
+        change.lanes.append(lambda: self._lanes.give_back(lane, kept))
+        change.lanes.append(lambda: self._lanes.forget(lane, gone))
+
+    def _keep(self, lease: Lease, rest: Sequence[Chunk], change: Change) -> list[int]:
+        """Write what is left of the lease's chunks over them; the ids that stay."""
+        places = dict(zip(lease.ids, lease.chunks, strict=True))
+        kept = [ident for ident, chunk in places.items() if any(chunk is whole for whole in rest)]
+        untouched = [places.pop(ident) for ident in kept]
+        for chunk in rest:
+            if any(chunk is whole for whole in untouched):
+                continue
+            ident = next((place for place, old in places.items() if same_origin(old, chunk)), None)
+            if ident is None:
+                self._insert(chunk, change)
+                continue
+            del places[ident]
+            values = (chunk.events, chunk.size, chunk.crc, len(chunk.packed), chunk.packed, ident)
+            self._connection.execute(UPDATE_CHUNK, values)
+            self._count(chunk, change)
+            kept.append(ident)
+        for chunk in untouched:
+            self._count(chunk, change)
+        return kept
+
+    def _count(self, chunk: Chunk, change: Change) -> None:
+        """A chunk is in the buffer and may be leased."""
+        change.available[chunk.project] += chunk.events
+        change.events += chunk.events
+        change.bytes += len(chunk.packed)
+
+    def _bury(self, dead: DeadEvent, change: Change) -> None:
+        """Keep a dead event, and let the oldest dead letters go where they take too much."""
+        row = (
+            dead.project, dead.key, dead.reason, dead.detail, dead.at,
+            dead.received_at, dead.attempts, dead.event,
+        )  # fmt: skip
+        self._connection.execute(INSERT_DEAD, row)
+        change.dead_letters += 1
+        change.dead_bytes += len(dead.event)
+        while self._dead_bytes + change.dead_bytes > self.max_size // DEAD_SHARE:
+            ident, size = self._connection.execute(OLDEST_DEAD).fetchone()
+            self._connection.execute("DELETE FROM dead WHERE id = ?", (ident,))
+            change.books[Entry("dead_evicted", "", "")] += 1
+            change.dead_letters -= 1
+            change.dead_bytes -= size
+
+    def give_back_pages(self, most: int) -> None:
+        """Return up to `most` free pages to the filesystem."""
+        self._connection.execute(f"PRAGMA incremental_vacuum({most})").fetchall()
+        self._look_around()
