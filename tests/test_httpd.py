@@ -1,0 +1,222 @@
+"""Serving an ASGI app over sockets that are already open."""
+
+import logging
+import os
+import socket
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+
+import httpx
+import pytest
+import trio
+import trio.testing
+
+from agent import httpd
+from agent.httpd import Message, Receive, Send
+
+LARGE = 50_000_000  # more than loopback's socket buffers take, so that a send must wait for its reader
+
+
+class App:
+    """Answers the length of the body; `/early` without reading it, `/big` at length, `/wait` when let go."""
+
+    def __init__(self) -> None:
+        self.asked = trio.Event()
+        self.go = trio.Event()
+        self.whole_bodies = 0
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        self.asked.set()
+        path, size, more = scope["path"], 0, scope["path"] != "/early"
+        while more:
+            message = await receive()
+            size, more = size + len(message["body"]), message["more_body"]
+        self.whole_bodies += 1
+        if path == "/wait":
+            await self.go.wait()
+        if path == "/raise":
+            raise ValueError("a mistake")
+        body = b"x" * LARGE if path == "/big" else str(size).encode()
+        headers = [(b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+
+@asynccontextmanager
+async def served(
+    app: App, sockets: Sequence[socket.socket], *, grace: float = 5.0, max_body: int = 1_000_000
+) -> AsyncIterator[trio.Event]:
+    shutdown = trio.Event()
+    serve = partial(httpd.serve, app, sockets, shutdown=shutdown, grace=grace, max_body=max_body)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(serve)
+        yield shutdown
+        shutdown.set()
+
+
+def loopback() -> tuple[socket.socket, str]:
+    listener = socket.create_server(("127.0.0.1", 0))
+    return listener, f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+async def test_answers_on_every_kind_of_socket_at_once(tmp_path: Path) -> None:
+    """One call serves IPv4, IPv6 and Unix listeners, and answers as soon as it says that it started."""
+    path = str(tmp_path / "http.sock")
+    unix = socket.socket(socket.AF_UNIX)
+    unix.bind(path)
+    unix.listen()
+    four, url = loopback()
+    six = socket.create_server(("::1", 0), family=socket.AF_INET6)
+    with unix, four, six:
+        async with served(App(), [unix, four, six]):
+            for where, transport in (
+                (url, None),
+                (f"http://[::1]:{six.getsockname()[1]}", None),
+                ("http://agent", httpx.AsyncHTTPTransport(uds=path)),
+            ):
+                async with httpx.AsyncClient(transport=transport) as client:
+                    assert (await client.post(where, content=b"abc")).text == "3"
+        assert await trio.Path(path).exists()
+
+
+async def test_the_sockets_stay_the_callers() -> None:
+    """After a shutdown the caller's socket can be served again; no listener is inheritable meanwhile."""
+    listener, url = loopback()
+    with listener:
+        for _ in range(2):
+            async with served(App(), [listener]), httpx.AsyncClient() as client:
+                assert (await client.get(url)).status_code == 200
+                inheritable = [fd for fd in map(int, os.listdir("/proc/self/fd")) if _is_inheritable(fd)]
+                assert not [fd for fd in inheritable if _is_listening(fd)]
+        assert listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+
+
+def _is_inheritable(fd: int) -> bool:
+    try:
+        return os.get_inheritable(fd)
+    except OSError:
+        return False
+
+
+def _is_listening(fd: int) -> bool:
+    if not os.readlink(f"/proc/self/fd/{fd}").startswith("socket:"):
+        return False
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+
+
+async def test_a_shutdown_lets_an_open_request_finish() -> None:
+    """A request that is under way at the shutdown gets its answer."""
+    listener, url = loopback()
+    app, answers = App(), []
+
+    async def ask(client: httpx.AsyncClient) -> None:
+        answers.append((await client.get(url + "/wait")).status_code)
+
+    with listener:
+        async with (
+            httpx.AsyncClient() as client,
+            trio.open_nursery() as nursery,
+            served(app, [listener]) as shutdown,
+        ):
+            nursery.start_soon(ask, client)
+            await app.asked.wait()
+            shutdown.set()
+            await trio.testing.wait_all_tasks_blocked()
+            app.go.set()
+    assert answers == [200]
+
+
+async def test_a_shutdown_ends_after_its_grace() -> None:
+    """A request that is not done when the grace is over is cut off."""
+    listener, url = loopback()
+    app = App()
+
+    async def ask(client: httpx.AsyncClient) -> None:
+        with pytest.raises(httpx.TransportError):
+            await client.get(url + "/wait")
+
+    with listener, trio.fail_after(5):
+        async with (
+            httpx.AsyncClient(timeout=60) as client,
+            trio.open_nursery() as nursery,
+            served(app, [listener], grace=0.1),
+        ):
+            nursery.start_soon(ask, client)
+            await app.asked.wait()
+
+
+@pytest.mark.parametrize("cancel", [False, True])
+async def test_a_client_that_never_reads_holds_nothing_up(cancel: bool) -> None:
+    """Neither a shutdown nor a cancellation waits for a client that does not read its answer."""
+    listener, _ = loopback()
+    app = App()
+    with listener, socket.create_connection(listener.getsockname()) as client, trio.fail_after(5):
+        client.sendall(b"GET /big HTTP/1.1\r\nHost: x\r\n\r\n")
+        with trio.CancelScope() as scope:
+            async with served(app, [listener], grace=60 if cancel else 0.1):
+                await app.asked.wait()
+                await trio.testing.wait_all_tasks_blocked()
+                if cancel:
+                    scope.cancel()
+
+
+async def test_connections_without_a_request_are_closed_at_once() -> None:
+    """An idle connection and one with half a request line do not use up the grace."""
+    listener, _ = loopback()
+    address = listener.getsockname()
+    with (
+        listener,
+        socket.create_connection(address),
+        socket.create_connection(address) as half,
+        trio.fail_after(5),
+    ):
+        half.sendall(b"GET /")
+        async with served(App(), [listener], grace=60):
+            await trio.testing.wait_all_tasks_blocked()
+
+
+async def _pieces(count: int) -> AsyncIterator[bytes]:
+    for _ in range(count):
+        yield b"x" * 100_000
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_a_body_over_the_limit_is_a_413(chunked: bool) -> None:
+    """A body that is too large, announced or not, never reaches the app whole; the next request is served."""
+    listener, url = loopback()
+    app = App()
+    with listener:
+        async with served(app, [listener]), httpx.AsyncClient() as client:
+            content = _pieces(12) if chunked else b"x" * 1_000_001
+            assert (await client.post(url, content=content)).status_code == 413
+            assert app.whole_bodies == 0
+            assert (await client.post(url, content=b"x" * 1_000_000)).text == "1000000"
+
+
+async def test_an_app_may_answer_without_reading_the_body() -> None:
+    """An answer that comes before a large body was read arrives, and leaves no task behind."""
+    listener, url = loopback()
+    with listener, trio.fail_after(5):
+        async with served(App(), [listener], grace=60), httpx.AsyncClient() as client:
+            assert (await client.post(url + "/early", content=b"x" * 900_000)).status_code == 200
+
+
+async def test_only_errors_are_logged(
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Starting, answering and stopping say nothing anywhere; an app's exception is one error and a 500."""
+    listener, url = loopback()
+    caplog.set_level(logging.DEBUG)
+    with listener:
+        async with served(App(), [listener]), httpx.AsyncClient() as client:
+            await client.get(url)
+            assert not [record for record in caplog.records if not record.name.startswith("http")]
+            assert (await client.get(url + "/raise")).status_code == 500
+    errors = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert [record.name for record in errors] == ["agent.httpd"]
+    assert capfd.readouterr() == ("", "")
