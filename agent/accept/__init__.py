@@ -1,0 +1,1 @@
+"""Accepting: sockets in, chunks into the buffer."""

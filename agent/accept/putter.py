@@ -1,0 +1,159 @@
+"""One source's way into the buffer: gathers reads into chunks, puts them, and tells what became of each.
+
+While one put commits, the next reads gather; so the chunks grow with the load by themselves. Where nobody
+waits for an acknowledgement, a put may wait a moment for company: 1,000 events a second are then 20 commits.
+"""
+
+import random
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import trio
+
+from agent.buffer import Buffer
+from agent.events import CHUNK_BYTES, Instant, Read, Reject, Tally
+from agent.vouch import RANDOM_BITS, Decoded, Door
+
+# Between reader and putter: 8 chunks (the handbook's joint). Beyond it nobody reads.
+QUEUE_BYTES = 8 * CHUNK_BYTES
+# Enough to be put at once: a chunk of about 750 events.
+ENOUGH_BYTES = 256 * 1024
+# What one put takes: more in one go would only hold more memory and the loop for longer.
+MOST_BYTES = CHUNK_BYTES
+# How long a put waits for company where nothing was promised yet.
+COMPANY_SECONDS = 0.05
+# The last refusals, for `status`.
+RECENT = 20
+
+
+class Outcome(NamedTuple):
+    """What became of one read: how many lines it had, and which of them were refused and why."""
+
+    lines: int
+    refused: Sequence[tuple[int, str]]
+
+
+class Offered:
+    """A read on its way; `outcome` is there once `settled` is set."""
+
+    def __init__(self, read: Read) -> None:
+        self.read = read
+        self.settled = trio.Event()
+        self.outcome: Outcome | None = None
+
+
+class Refusal(NamedTuple):
+    """One of the last lines that were refused; `at` is in microseconds."""
+
+    at: int
+    source: str
+    reason: str
+    sample: str
+
+
+class Putter:
+    """Takes a source's reads and puts them, in the order in which they were offered."""
+
+    def __init__(self, source: str, door: Door, buffer: Buffer) -> None:
+        self._source = source
+        self._door = door
+        self._buffer = buffer
+        self._offers: deque[Offered] = deque()
+        self._held = 0
+        self._urgent = False
+        self._closing = False
+        self._some = trio.Event()
+        self._enough = trio.Event()
+        self._room = trio.Event()
+        self._turn = trio.StrictFIFOLock()
+        self.recent: deque[Refusal] = deque(maxlen=RECENT)
+        self._random = random.SystemRandom()
+
+    async def room(self) -> None:
+        """Return when another read may be made; readers are served in turn."""
+        if self._held < QUEUE_BYTES and not self._turn.locked():
+            return
+        async with self._turn:
+            while self._held >= QUEUE_BYTES:
+                await self._room.wait()
+
+    def offer(self, read: Read, *, urgent: bool = False) -> Offered:
+        """Hand a read over; `urgent` where a client waits for the answer. Ask for `room` before reading."""
+        offered = Offered(read)
+        self._offers.append(offered)
+        self._held += len(read.lines)
+        self._urgent = self._urgent or urgent
+        self._some.set()
+        if self._urgent or self._held >= ENOUGH_BYTES:
+            self._enough.set()
+        return offered
+
+    async def count_dropped(self, datagrams: int) -> None:
+        """Enter into the books what the kernel dropped."""
+        await self._buffer.put((), Tally(source=self._source, dropped=datagrams))
+
+    def close(self) -> None:
+        """Nothing more will be offered: put what is here and end."""
+        self._closing = True
+        self._some.set()
+        self._enough.set()
+
+    async def run(self) -> None:
+        """Put what is offered until closed."""
+        while self._offers or not self._closing:
+            if not self._offers:
+                self._some = trio.Event()
+                await self._some.wait()
+                continue
+            await self._put(await self._gather())
+
+    async def _gather(self) -> list[Offered]:
+        """The reads of the next put."""
+        if not self._urgent and not self._closing and self._held < ENOUGH_BYTES:
+            self._enough = trio.Event()
+            with trio.move_on_after(COMPANY_SECONDS):
+                await self._enough.wait()
+        gathered = [self._offers.popleft()]
+        size = len(gathered[0].read.lines)
+        while self._offers and size + len(self._offers[0].read.lines) <= MOST_BYTES:
+            gathered.append(self._offers.popleft())
+            size += len(gathered[-1].read.lines)
+        if not self._offers:
+            self._urgent = False
+        return gathered
+
+    async def _put(self, gathered: Sequence[Offered]) -> None:
+        """One put, from lines to books."""
+        reads = [offered.read for offered in gathered]
+        decoded = self._door.vouch(reads, self._random.getrandbits(RANDOM_BITS))
+        if decoded.tally.received:
+            events = sum(chunk.events for chunk in decoded.chunks)
+            taken = await self._buffer.put(decoded.chunks, decoded.tally)
+            self._remember(decoded.rejects, gathered[0].read.at)
+            _tell(gathered, decoded, shed=taken < events)
+        else:
+            _tell(gathered, decoded, shed=False)
+        for offered in gathered:
+            self._held -= len(offered.read.lines)
+        self._room.set()
+        self._room = trio.Event()
+
+    def _remember(self, rejects: Sequence[Reject], at: Instant) -> None:
+        for reject in rejects[-RECENT:]:
+            self.recent.append(Refusal(at.wall, self._source, reject.reason, reject.sample))
+
+
+def _tell(gathered: Sequence[Offered], decoded: Decoded, *, shed: bool) -> None:
+    """Give each read its own part of what became of all of them."""
+    refused: list[list[tuple[int, str]]] = [[] for _ in gathered]
+    for reject in decoded.rejects:
+        refused[reject.read].append((reject.line, reject.reason))
+    for number, offered in enumerate(gathered):
+        lines = decoded.lines[number]
+        reasons = refused[number]
+        if shed:
+            known = dict(reasons)
+            reasons = [(line, known.get(line, "buffer_full")) for line in range(lines)]
+        offered.outcome = Outcome(lines, reasons)
+        offered.settled.set()

@@ -1,0 +1,180 @@
+"""Opens local sockets: bound, sized and given to the right group; and asks the kernel what it dropped."""
+
+import errno
+import grp
+import os
+import socket
+import stat
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from agent import AgentError
+
+# Linux's socket options that Python does not name (asm-generic/socket.h).
+SO_RCVBUFFORCE = 33
+SO_MEMINFO = 55
+_MEMINFO = struct.Struct("=9I")  # linux/sock_diag.h: SK_MEMINFO_VARS; the ninth counts drops
+_DROPS = 8
+
+# Connections that may wait to be accepted; the kernel cuts it at somaxconn.
+BACKLOG = 4096
+
+
+class SocketError(AgentError):
+    """A source's socket cannot be opened."""
+
+
+def bind_unix(path: str, kind: socket.SocketKind, mode: int, group: str = "") -> socket.socket:
+    """A bound Unix socket with that file mode and group; listening if it is a stream.
+
+    The socket file of a dead program is replaced, one of a living program never.
+    """
+    _clear_the_way(path, kind)
+    sock = socket.socket(socket.AF_UNIX, kind)
+    try:
+        # The file must never be open to more than it should be, not even for a moment.
+        umask = os.umask(0o777 & ~mode)
+        try:
+            sock.bind(path)
+        finally:
+            os.umask(umask)
+        if group:
+            os.chown(path, -1, _group_id(path, group))
+            os.chmod(path, mode)
+        if kind is socket.SOCK_STREAM:
+            sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise _cannot_bind(path, error) from error
+    except AgentError:
+        sock.close()
+        raise
+    sock.setblocking(False)
+    return sock
+
+
+def _clear_the_way(path: str, kind: socket.SocketKind) -> None:
+    """Remove a socket file that nobody serves any more; refuse to remove anything else."""
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise _cannot_bind(path, error) from error
+    if not stat.S_ISSOCK(found.st_mode):
+        raise SocketError(f"{path}: there is something here that is not a socket", "move it away")
+    with socket.socket(socket.AF_UNIX, kind) as probe:
+        probe.setblocking(False)
+        outcome = probe.connect_ex(path)
+    # A full backlog or another socket type means that somebody lives there.
+    if outcome not in (errno.ECONNREFUSED, errno.ENOENT):
+        reason = "another program listens here" if outcome in _ALIVE else os.strerror(outcome)
+        raise SocketError(
+            f"{path}: {reason}",
+            "stop it (another capture-agent?), or give this source another path",
+        )
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise _cannot_bind(path, error) from error
+
+
+_ALIVE = (0, errno.EAGAIN, errno.EPROTOTYPE, errno.EINPROGRESS)
+
+
+def _group_id(path: str, group: str) -> int:
+    try:
+        return grp.getgrnam(group).gr_gid
+    except KeyError:
+        raise SocketError(
+            f"{path}: there is no group {group!r} on this host",
+            f"make it (groupadd --system {group}), or take `group` out of the source",
+        ) from None
+
+
+def bind_address(listen: str, kind: socket.SocketKind) -> socket.socket:
+    """A bound UDP or TCP socket for `HOST:PORT` or `[IPv6]:PORT`; listening if it is a stream."""
+    host, _, port = listen.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    try:
+        family, _, protocol, _, address = socket.getaddrinfo(
+            host, int(port), type=kind, flags=socket.AI_PASSIVE
+        )[0]
+        sock = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise _cannot_bind(listen, error) from error
+    try:
+        if kind is socket.SOCK_STREAM:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        if kind is socket.SOCK_STREAM:
+            sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise _cannot_bind(listen, error) from error
+    sock.setblocking(False)
+    return sock
+
+
+def _cannot_bind(where: str, error: OSError) -> SocketError:
+    if error.errno == errno.EADDRINUSE:
+        return SocketError(
+            f"{where}: this address is in use",
+            "another program (or another capture-agent) has it: stop it, or choose another address",
+        )
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return SocketError(
+            f"{where}: no permission", "run as a user that may write there, or choose another place"
+        )
+    if isinstance(error, FileNotFoundError):
+        folder = Path(where).parent
+        return SocketError(f"{where}: the folder {folder} does not exist", f"make it: mkdir -p {folder}")
+    return SocketError(f"{where}: {error.strerror or error}", "check the address in the configuration")
+
+
+@contextmanager
+def removed_at_the_end(sock: socket.socket, path: str) -> Iterator[socket.socket]:
+    """Close a Unix socket after the block and remove its file, if it is still the same one."""
+    made = os.lstat(path).st_ino
+    try:
+        yield sock
+    finally:
+        sock.close()
+        try:
+            if os.lstat(path).st_ino == made:
+                os.unlink(path)
+        except OSError:  # somebody else removed it, or its folder is no longer ours: nothing to tidy
+            pass
+
+
+def ask_buffer(sock: socket.socket, size: int) -> int:
+    """Ask for a receive buffer of `size` bytes; what the kernel granted."""
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, size)
+    except PermissionError:  # needs CAP_NET_ADMIN; without it rmem_max is the bound
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
+    # The kernel doubles what is asked, for its own bookkeeping, and tells the doubled figure (socket(7)).
+    return sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
+
+
+def read_drops(sock: socket.socket) -> int | None:
+    """How many datagrams the kernel dropped since the socket was made, modulo 2^32; None where unknown."""
+    try:
+        told = sock.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, _MEMINFO.size)
+        words: tuple[int, ...] = _MEMINFO.unpack(told)
+    except (OSError, struct.error):
+        return None
+    return words[_DROPS]
+
+
+def address_of(sock: socket.socket) -> str:
+    """Where a bound socket is, as a configuration would say it."""
+    name = sock.getsockname()
+    if isinstance(name, tuple):
+        host = f"[{name[0]}]" if ":" in name[0] else name[0]
+        return f"{host}:{name[1]}"
+    return str(name)

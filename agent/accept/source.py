@@ -1,0 +1,111 @@
+"""One configured source, from its bound socket to its putter."""
+
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import structlog
+import trio
+
+from agent import __version__
+from agent.accept.datagram import DatagramSource
+from agent.accept.putter import Putter
+from agent.accept.sockets import address_of, ask_buffer, bind_address, bind_unix, removed_at_the_end
+from agent.accept.stream import StreamSource
+from agent.buffer import Buffer
+from agent.clock import Clock
+from agent.config import Project, Udp, UnixDatagram, UnixStream
+from agent.config import Source as Settings
+from agent.vouch import Door, Rules
+
+log = structlog.get_logger("accept")
+
+
+class Source:
+    """A source that is open: its settings, its socket's facts, and the tasks that serve it."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        project: Project,
+        sock: socket.socket,
+        granted: int | None,
+        buffer: Buffer,
+        clock: Clock,
+    ) -> None:
+        self.settings = settings
+        self.granted = granted
+        self.address = address_of(sock)
+        self.putter = Putter(settings.name, Door(_rules(settings, project)), buffer)
+        self._reading: DatagramSource | StreamSource
+        if isinstance(settings, UnixStream):
+            self._reading = StreamSource(
+                sock,
+                self.putter,
+                clock,
+                max_event=settings.max_event,
+                ack=settings.ack,
+                max_connections=settings.max_connections,
+            )
+        else:
+            self._reading = DatagramSource(
+                sock, self.putter, clock, max_event=settings.max_event, granted=granted or 0
+            )
+
+    @property
+    def connections(self) -> int | None:
+        """How many are open; None for datagrams."""
+        return len(self._reading.connections) if isinstance(self._reading, StreamSource) else None
+
+    @property
+    def drops_known(self) -> bool:
+        """Whether the kernel tells how many datagrams it dropped."""
+        return isinstance(self._reading, DatagramSource) and self._reading.drops_known
+
+    async def run(self, stop: trio.Event) -> None:
+        """Take events until `stop`, then what is still in the kernel's queue, and put all of it."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.putter.run)
+            await self._reading.run(stop)
+            self.putter.close()
+
+
+def _rules(settings: Settings, project: Project) -> Rules:
+    ours: dict[str, object] = {"$lib": "capture-agent", "$lib_version": __version__}
+    if project.delivery.disable_geoip:
+        ours["$geoip_disable"] = True
+    return Rules(
+        source=settings.name,
+        project=project.name,
+        properties={**ours, **settings.properties},
+        distinct_id=settings.distinct_id,
+        max_event=settings.max_event,
+        max_batch_events=project.delivery.max_batch_events,
+        max_batch_size=project.delivery.max_batch_size,
+    )
+
+
+@contextmanager
+def bound(settings: Settings) -> Iterator[tuple[socket.socket, int | None]]:
+    """The source's socket for a block, and the receive buffer that the kernel granted (datagrams only)."""
+    with ExitStack() as stack:
+        match settings:
+            case UnixStream(path=path):
+                sock = bind_unix(path, socket.SOCK_STREAM, settings.mode, settings.group)
+                yield stack.enter_context(removed_at_the_end(sock, path)), None
+            case UnixDatagram(path=path):
+                sock = bind_unix(path, socket.SOCK_DGRAM, settings.mode, settings.group)
+                stack.enter_context(removed_at_the_end(sock, path))
+                yield sock, ask_buffer(sock, settings.receive_buffer)
+            case Udp(listen=listen):
+                sock = stack.enter_context(bind_address(listen, socket.SOCK_DGRAM))
+                granted = ask_buffer(sock, settings.receive_buffer)
+                if granted < settings.receive_buffer:
+                    log.warning(
+                        "the kernel granted a smaller receive buffer; bursts may be dropped, and counted",
+                        source=settings.name,
+                        asked=settings.receive_buffer,
+                        granted=granted,
+                        hint=f"sysctl -w net.core.rmem_max={settings.receive_buffer}",
+                    )
+                yield sock, granted

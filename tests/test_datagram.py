@@ -1,0 +1,121 @@
+"""UDP and Unix datagrams: one event each, or several, and what the kernel does to them."""
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import trio
+from sources import datagram, line, taking, udp
+
+from agent import config
+from agent.accept.source import Source
+
+
+@contextmanager
+def sending(source: Source) -> Iterator[socket.socket]:
+    """A socket that is connected to the source."""
+    unix = isinstance(source.settings, config.UnixDatagram)
+    with socket.socket(socket.AF_UNIX if unix else socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        host, _, port = source.address.rpartition(":")
+        sock.connect(source.address if unix else (host, int(port)))
+        yield sock
+
+
+@pytest.fixture(params=["udp", "unix_datagram"])
+def settings(request: pytest.FixtureRequest, tmp_path: Path) -> config.Source:
+    """Each kind of datagram source."""
+    return udp() if request.param == "udp" else datagram(tmp_path)
+
+
+async def send(sock: socket.socket, data: bytes) -> None:
+    await trio.to_thread.run_sync(sock.send, data)
+
+
+async def test_datagrams_become_events(settings: config.Source) -> None:
+    """One event a datagram or several, one a line; the last newline may be missing."""
+    async with taking(settings) as taken:
+        with sending(taken.source) as sender:
+            for data in (line(1), line(2).rstrip(), line(3) + line(4), b"", b"\n\n", line(5) + b"\r\n"):
+                await send(sender, data)
+        events = await taken.events(5)
+        assert sorted(event["properties"]["n"] for event in events) == [1, 2, 3, 4, 5]
+        assert (taken.total("received"), taken.total("accepted")) == (5, 5)
+
+
+async def test_an_object_cut_by_a_datagrams_end_is_refused_alone(settings: config.Source) -> None:
+    """The half of one sender's object never joins what another sends next."""
+    whole = b'{"event":"e","distinct_id":"d"}'
+    async with taking(settings) as taken:
+        with sending(taken.source) as sender:
+            for data in (whole[:20], whole[20:], b'{"event":"a"', b',"distinct_id":"d"}', line(1)):
+                await send(sender, data)
+        await taken.settled(5)
+        assert (taken.total("accepted"), taken.total("rejected", "malformed_json")) == (1, 4)
+
+
+async def test_a_datagram_beyond_the_bound_is_refused(tmp_path: Path) -> None:
+    """One longer than max_event is counted as too large, whatever the kernel left of it."""
+    async with taking(datagram(tmp_path, max_event=2000)) as taken:
+        with sending(taken.source) as sender:
+            await send(sender, b"x" * 5000)
+            await send(sender, line(1))
+        await taken.settled(2)
+        assert (taken.total("accepted"), taken.total("rejected", "too_large")) == (1, 1)
+
+
+async def test_the_largest_udp_datagram_is_an_event() -> None:
+    """65,507 bytes of payload arrive whole."""
+    async with taking(udp()) as taken:
+        with sending(taken.source) as sender:
+            await send(sender, line(1, properties={"long": "x" * 65_400}))
+        [event] = await taken.events(1)
+        assert len(event["properties"]["long"]) == 65_400
+
+
+async def test_what_is_in_the_kernels_queue_at_a_stop_is_taken(settings: config.Source) -> None:
+    """Datagrams that were sent before the stop are put."""
+    async with taking(settings) as taken:
+        with sending(taken.source) as sender:
+            for number in range(8):
+                sender.send(line(number))
+        taken.stop.set()
+        await taken.settled(8)
+        assert taken.total("accepted") == 8
+
+
+async def test_what_the_kernel_drops_is_counted() -> None:
+    """Also when no datagram follows; sent = received + dropped."""
+    count = 500
+    async with taking(udp(receive_buffer=4096)) as taken:
+        assert taken.source.granted == 4096
+        with sending(taken.source) as sender:
+            for number in range(count):  # no checkpoint between: nobody reads meanwhile
+                sender.send(line(number))
+        while taken.total("received") + taken.total("dropped") < count:
+            await trio.sleep(0.01)
+        assert taken.total("dropped") > 0
+        assert taken.total("received") == taken.total("accepted") == count - taken.total("dropped")
+
+
+async def test_a_full_buffer_stops_the_reading(tmp_path: Path) -> None:
+    """Nothing is dropped by us: the sender of a Unix datagram waits."""
+    async with taking(datagram(tmp_path), max_size=1) as taken:
+        with sending(taken.source) as sender:
+            sender.setblocking(False)
+            sent = 0
+            with trio.move_on_after(3) as patience:
+                while True:
+                    try:
+                        sender.send(line(sent, properties={"long": "x" * 100_000}))
+                        sent += 1
+                    except BlockingIOError:
+                        with trio.move_on_after(0.2) as stuck:
+                            await trio.lowlevel.wait_writable(sender)
+                        if stuck.cancelled_caught:
+                            break
+            assert not patience.cancelled_caught
+        taken.buffer.close_door()
+        await taken.settled(sent)
+        assert taken.total("shed", "shutdown") == sent

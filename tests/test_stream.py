@@ -1,0 +1,257 @@
+"""Unix streams: lines, acknowledgements, and clients of every temper."""
+
+import socket
+import struct
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+
+import msgspec
+import pytest
+import trio
+import trio.lowlevel
+from sources import line, stream, taking
+
+ASK = b'{"ack":true}\n'
+
+
+@asynccontextmanager
+async def client(path: str) -> AsyncIterator[trio.SocketStream]:
+    async with await trio.open_unix_socket(path) as connected:
+        yield connected
+
+
+async def read_lines(connected: trio.SocketStream) -> list[dict[str, object]]:
+    """Everything that the agent says until it ends the connection."""
+    text = b""
+    async for some in connected:
+        text += some
+    return [msgspec.json.decode(one) for one in text.splitlines()]
+
+
+async def test_lines_become_events(tmp_path: Path) -> None:
+    """Each line is an event; CRLF, empty lines and a last line without an end are taken as they should be."""
+    async with taking(stream(tmp_path)) as taken:
+        async with client(taken.source.address) as sender:
+            await sender.send_all(line(1) + b"\n  \r\n" + line(2).replace(b"\n", b"\r\n") + line(3).rstrip())
+        events = await taken.events(3)
+        assert [event["properties"]["n"] for event in events] == [1, 2, 3]
+        assert (taken.total("received"), taken.total("accepted")) == (3, 3)
+
+
+async def test_bytes_cut_anywhere_are_the_same_lines(tmp_path: Path) -> None:
+    """A client that sends one byte at a time is understood."""
+    async with taking(stream(tmp_path)) as taken:
+        async with client(taken.source.address) as sender:
+            for byte in line(1) + line(2):
+                await sender.send_all(bytes([byte]))
+        events = await taken.events(2)
+        assert [event["properties"]["n"] for event in events] == [1, 2]
+
+
+async def test_a_client_may_ask_for_acknowledgements(tmp_path: Path) -> None:
+    """Its first line is not counted; refusals come before the total that counts them."""
+    async with taking(stream(tmp_path)) as taken, client(taken.source.address) as sender:
+        await sender.send_all(ASK + line(1) + b"\n" + b'{"distinct_id":"d"}\n' + b"nonsense\n" + line(2))
+        await sender.send_eof()
+        said = await read_lines(sender)
+        assert said[-1] == {"accepted": 2, "rejected": 2}
+        assert [one for one in said if "error" in one] == [
+            {"line": 2, "error": "missing_event"},
+            {"line": 3, "error": "malformed_json"},
+        ]
+        assert taken.total("received") == 4
+
+
+@pytest.mark.parametrize("asking", [b"", ASK])
+async def test_a_source_may_acknowledge_everybody(tmp_path: Path, asking: bytes) -> None:
+    """With `ack = true` nobody needs to ask, and who does is not counted for it."""
+    async with taking(stream(tmp_path, ack=True)) as taken, client(taken.source.address) as sender:
+        await sender.send_all(asking + line(1))
+        await sender.send_eof()
+        assert await read_lines(sender) == [{"accepted": 1, "rejected": 0}]
+
+
+async def test_without_asking_nothing_is_said(tmp_path: Path) -> None:
+    """A client that did not ask is not written to, and the agent closes after its last line."""
+    async with taking(stream(tmp_path)) as taken, client(taken.source.address) as sender:
+        await sender.send_all(line(1) + b'{"ack":true}\n')
+        await sender.send_eof()
+        assert await read_lines(sender) == []
+        await taken.settled(2)
+        assert taken.total("rejected", "missing_event") == 1
+
+
+async def test_totals_come_while_the_connection_stays(tmp_path: Path) -> None:
+    """Each line can be waited for, one at a time."""
+    async with taking(stream(tmp_path)) as taken, client(taken.source.address) as sender:
+        await sender.send_all(ASK)
+        for number in range(1, 6):
+            await sender.send_all(line(number))
+            said = await sender.receive_some()
+            assert msgspec.json.decode(said) == {"accepted": number, "rejected": 0}
+
+
+async def test_a_client_that_writes_all_and_reads_afterwards(tmp_path: Path) -> None:
+    """A million bytes of refusals cannot block it: totals are replaced, refusals are bounded."""
+    count = 50_000
+    async with taking(stream(tmp_path)) as taken, client(taken.source.address) as sender:
+        await sender.send_all(ASK + b"x\n" * count)
+        await sender.send_eof()
+        said = await read_lines(sender)
+        assert said[-1] == {"accepted": 0, "rejected": count}
+        refusals = [one["line"] for one in said if "error" in one]
+        assert refusals == sorted(set(refusals))
+        assert 0 < len(refusals) <= count
+
+
+async def test_a_client_that_never_reads_holds_nobody_up(tmp_path: Path) -> None:
+    """It is read to its end all the same, and a neighbour is acknowledged at once."""
+    async with taking(stream(tmp_path)) as taken, client(taken.source.address) as deaf:
+        await deaf.send_all(ASK + b"x\n" * 100_000)
+        async with client(taken.source.address) as neighbour:
+            await neighbour.send_all(ASK + line(1))
+            assert msgspec.json.decode(await neighbour.receive_some()) == {"accepted": 1, "rejected": 0}
+        await taken.settled(100_001)
+
+
+async def test_a_connection_reset_in_the_middle_of_a_line(tmp_path: Path) -> None:
+    """The whole lines before it count; the line that was cut is rejected as truncated."""
+    async with taking(stream(tmp_path)) as taken:
+        with socket.socket(socket.AF_UNIX) as sender:
+            sender.connect(taken.source.address)
+            sender.sendall(ASK + line(1) + line(2) + line(3)[:-10])
+            await taken.settled(2)
+            await trio.to_thread.run_sync(partial(sender.recv, 1, socket.MSG_PEEK))
+            # Closed with an acknowledgement unread: a reset, as far as Unix sockets know one.
+        await taken.settled(3)
+        assert (taken.total("accepted"), taken.total("rejected", "truncated")) == (2, 1)
+
+
+async def test_a_last_line_ended_by_a_clean_close(tmp_path: Path) -> None:
+    """It is a line, and what is wrong with it is told as of any other."""
+    async with taking(stream(tmp_path)) as taken:
+        async with client(taken.source.address) as sender:
+            await sender.send_all(line(1) + line(2)[:-10])
+        await taken.settled(2)
+        assert (taken.total("accepted"), taken.total("rejected", "malformed_json")) == (1, 1)
+
+
+async def test_lines_beyond_the_bound_are_refused_alone(tmp_path: Path) -> None:
+    """A line of 10 MiB is one rejection, in bounded memory; its neighbours are events."""
+    async with taking(stream(tmp_path, max_event=10_000)) as taken:
+        async with client(taken.source.address) as sender:
+            await sender.send_all(ASK + line(1) + b"x" * 10 * 2**20 + b"\n" + line(2))
+            await sender.send_eof()
+            said = await read_lines(sender)
+        assert said[-1] == {"accepted": 2, "rejected": 1}
+        assert {"line": 2, "error": "too_large"} in said
+        assert taken.source.putter.recent[-1].reason == "too_large"
+
+
+async def test_unfinished_lines_share_their_memory(tmp_path: Path) -> None:
+    """Where many clients hold long lines open, the longest is refused and the others go on."""
+    mebibyte = 2**20
+    async with taking(stream(tmp_path, max_event=2 * mebibyte)) as taken, trio.open_nursery() as nursery:
+        senders = [await trio.open_unix_socket(taken.source.address) for _ in range(20)]
+        for sender in senders:
+            nursery.start_soon(sender.send_all, b"x" * mebibyte)
+        await taken.settled(3)
+        assert taken.total("rejected", "too_large") >= 3
+        async with client(taken.source.address) as neighbour:
+            await neighbour.send_all(ASK + line(1))
+            assert msgspec.json.decode(await neighbour.receive_some()) == {"accepted": 1, "rejected": 0}
+        for sender in senders:
+            await sender.aclose()
+
+
+async def test_five_hundred_connections_at_once(tmp_path: Path) -> None:
+    """Everybody is served, and the books say so."""
+    async with taking(stream(tmp_path)) as taken:
+
+        async def one() -> None:
+            async with client(taken.source.address) as sender:
+                await sender.send_all(ASK + line(1))
+                assert msgspec.json.decode(await sender.receive_some()) == {"accepted": 1, "rejected": 0}
+                await all_are_in.wait()
+
+        all_are_in = trio.Event()
+        async with trio.open_nursery() as nursery:
+            for _ in range(500):
+                nursery.start_soon(one)
+            await taken.settled(500)
+            assert taken.source.connections == 500
+            all_are_in.set()
+        assert taken.total("accepted") == 500
+
+
+async def test_beyond_max_connections_clients_wait(tmp_path: Path) -> None:
+    """The next client is served when one has left; none is turned away."""
+    async with taking(stream(tmp_path, max_connections=1)) as taken:
+        async with client(taken.source.address) as first, client(taken.source.address) as second:
+            await first.send_all(ASK + line(1))
+            await first.receive_some()
+            await second.send_all(ASK + line(2))
+            with trio.move_on_after(0.05) as waited:
+                await second.receive_some()
+            assert waited.cancelled_caught
+            await first.aclose()
+            assert msgspec.json.decode(await second.receive_some()) == {"accepted": 1, "rejected": 0}
+
+
+async def test_a_full_buffer_holds_senders_up_and_acknowledges_nothing(tmp_path: Path) -> None:
+    """What is not in the buffer is not acknowledged; at the end it is counted as shed by the shutdown."""
+    async with taking(stream(tmp_path), max_size=1) as taken, client(taken.source.address) as sender:
+        await sender.send_all(ASK + line(1))
+        with trio.move_on_after(0.1) as waited:
+            await sender.receive_some()
+        assert waited.cancelled_caught
+        taken.stop.set()
+        taken.buffer.close_door()
+        assert (await read_lines(sender))[-1] == {"accepted": 0, "rejected": 1}
+    assert taken.total("shed", "shutdown") == taken.total("received") == 1
+
+
+async def test_drop_newest_refuses_by_line(tmp_path: Path) -> None:
+    """A line for which there is no room is refused as buffer_full, and booked as shed."""
+    async with taking(stream(tmp_path), max_size=1, when_full="drop_newest") as taken:
+        async with client(taken.source.address) as sender:
+            await sender.send_all(ASK + line(1))
+            await sender.send_eof()
+            assert await read_lines(sender) == [
+                {"line": 1, "error": "buffer_full"},
+                {"accepted": 0, "rejected": 1},
+            ]
+        assert taken.total("shed", "full_newest") == taken.total("received") == 1
+
+
+async def test_a_stop_reads_what_was_sent(tmp_path: Path) -> None:
+    """Lines that are in the kernel's queue when the agent stops are put and acknowledged."""
+    async with taking(stream(tmp_path)) as taken:
+        with socket.socket(socket.AF_UNIX) as sender:
+            sender.connect(taken.source.address)
+            sender.sendall(ASK + b"".join(line(number) for number in range(500)))
+            while not taken.source.connections:
+                await trio.lowlevel.checkpoint()
+            taken.stop.set()
+            said = b""
+            while some := await trio.to_thread.run_sync(sender.recv, 65536):
+                said += some
+            assert msgspec.json.decode(said.splitlines()[-1]) == {"accepted": 500, "rejected": 0}
+            with pytest.raises(BrokenPipeError):
+                sender.sendall(line(1))
+
+
+async def test_a_hostile_client_ends_only_itself(tmp_path: Path) -> None:
+    """Resets, half closes and rubbish of every kind leave the next client served."""
+    rubbish = [b"\xff\xfe\n", b"{" * 100_000 + b"\n", b'"\n"\n', b"\x00" * 5000, b"null\n[]\n1e999\n"]
+    async with taking(stream(tmp_path)) as taken:
+        for some in rubbish:
+            with socket.socket(socket.AF_UNIX) as sender:
+                sender.connect(taken.source.address)
+                sender.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                sender.sendall(ASK + some)
+        async with client(taken.source.address) as neighbour:
+            await neighbour.send_all(ASK + line(1))
+            assert msgspec.json.decode(await neighbour.receive_some()) == {"accepted": 1, "rejected": 0}
