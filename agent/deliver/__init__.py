@@ -1,0 +1,1 @@
+"""Delivering: chunks out of the buffer, batches to PostHog, verdicts back."""
