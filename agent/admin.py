@@ -1,0 +1,51 @@
+"""The admin pages: metrics, health and status, on a Unix socket and a TCP address.
+
+Nothing here changes anything. What events contained is shown on the socket only.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import msgspec
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+
+class View(NamedTuple):
+    """What the pages show: the status (with event content or without), and why it is not ready."""
+
+    status: Callable[[bool], Mapping[str, Any]]
+    unready: Callable[[], str]
+    registry: CollectorRegistry
+
+
+def make_app(view: View, *, private: bool) -> Starlette:
+    """The ASGI app; `private` where only the socket's group can ask."""
+
+    async def metrics(request: Request) -> Response:
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(view.registry), headers={"Content-Type": content_type})
+
+    async def livez(_request: Request) -> Response:
+        return PlainTextResponse("ok\n")
+
+    async def readyz(_request: Request) -> Response:
+        why = view.unready()
+        return PlainTextResponse(f"{why}\n", 503) if why else PlainTextResponse("ok\n")
+
+    async def status(_request: Request) -> Response:
+        document = msgspec.json.encode(view.status(private))
+        return Response(document, media_type="application/json")
+
+    return Starlette(
+        routes=[
+            Route("/metrics", metrics),
+            Route("/livez", livez),
+            Route("/readyz", readyz),
+            Route("/status", status),
+        ]
+    )

@@ -1,0 +1,149 @@
+"""Opens everything, holds the nursery tree, and closes it in the order that loses nothing.
+
+What is opened first closes last: the pages' sockets, the buffer, delivery, accepting. Events are accepted
+before the modules that nobody waits for yet (the HTTP client and server) are even loaded: an agent that
+starts must not make its senders wait.
+"""
+
+import resource
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+import structlog
+import trio
+
+from agent.accept.sockets import address_of, bind_address, bind_unix, removed_at_the_end
+from agent.accept.source import Source, bound
+from agent.buffer import Buffer
+from agent.buffer.memory import open_memory
+from agent.buffer.sqlite import open_sqlite
+from agent.clock import Clock
+from agent.config import Admin, Config
+from agent.memory import keep_freed, settle_in
+from agent.metrics import Metrics
+
+if TYPE_CHECKING:
+    from agent.outside import Outside
+
+log = structlog.get_logger("agent")
+
+# The parts of a shutdown; with closing the file they stay under the 5 s that a person waits.
+GRACE_SECONDS = 1.5  # to read what was sent, and put it
+GIVE_UP_SECONDS = 0.3  # to book what found no room
+DRAIN_SECONDS = 1.2  # to deliver what is there
+
+ADMIN_MODE = 0o660
+
+
+class Agent:
+    """One agent; `ready` is set when its sources take events, setting `stop` ends it in order."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.ready = trio.Event()
+        self.stop = trio.Event()
+        self.sources: list[Source] = []
+        self.pages = ""  # the address of the pages, empty where there is none
+        self._metrics = Metrics()
+        self._clock = Clock()
+
+    async def run(self) -> None:
+        """Take events and deliver them until `stop` is set. Raises `AgentError` where it cannot start."""
+        keep_freed()
+        _raise_descriptor_limit()
+        with ExitStack() as stack:
+            sockets = [stack.enter_context(bound(settings)) for settings in self.config.sources]
+            pages = stack.enter_context(_page_sockets(self.config.admin))
+            self.pages = next((address_of(sock) for sock, private in pages if not private), "")
+            async with trio.open_nursery() as showing:
+                async with self._open_buffer() as buffer:
+                    await self._serve(buffer, sockets, pages, showing)
+                showing.cancel_scope.cancel()
+        log.info("stopped")
+
+    def _open_buffer(self) -> AbstractAsyncContextManager[Buffer]:
+        settings = self.config.buffer
+        return open_memory(settings) if settings.kind == "memory" else open_sqlite(settings, self._metrics)
+
+    async def _serve(
+        self,
+        buffer: Buffer,
+        sockets: list[tuple[socket.socket, int | None]],
+        pages: list[tuple[socket.socket, bool]],
+        showing: trio.Nursery,
+    ) -> None:
+        """Accept, then deliver and show; until `stop`, and then in the opposite order."""
+        projects = {project.name: project for project in self.config.projects}
+        for settings, (sock, granted) in zip(self.config.sources, sockets, strict=True):
+            project = projects[settings.project]
+            self.sources.append(Source(settings, project, sock, granted, buffer, self._clock))
+        async with trio.open_nursery() as delivering:
+            async with trio.open_nursery() as accepting:
+                for source in self.sources:
+                    accepting.start_soon(source.run, self.stop)
+                log.info("ready", sources={source.settings.name: source.address for source in self.sources})
+                self.ready.set()
+                outside = await self._load_outside(buffer)
+                await delivering.start(outside.deliver)
+                await showing.start(outside.show, pages)
+                settle_in()
+                await self.stop.wait()
+                outside.state = "stopping"
+                log.info("stopping", buffered=buffer.stats().events)
+                showing.start_soon(_close_door, buffer)
+                accepting.cancel_scope.deadline = trio.current_time() + GRACE_SECONDS + GIVE_UP_SECONDS
+            outside.drain()
+            delivering.cancel_scope.deadline = trio.current_time() + DRAIN_SECONDS
+
+    async def _load_outside(self, buffer: Buffer) -> "Outside":
+        """Load, in a thread, what takes longer to load than senders should wait."""
+        module = await trio.to_thread.run_sync(import_module, "agent.outside")
+        made: Outside = module.Outside(self.config, buffer, self.sources, self._metrics, self._clock)
+        return made
+
+
+async def _close_door(buffer: Buffer) -> None:
+    """When the grace is over, what found no room is given up, and booked."""
+    await trio.sleep(GRACE_SECONDS)
+    buffer.close_door()
+
+
+async def run_until_signalled(agent: Agent) -> None:
+    """Run until SIGTERM or SIGINT, then stop in order; a second signal leaves at once."""
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with trio.open_nursery() as nursery:
+
+            async def obey() -> None:
+                async for _ in signals:
+                    if agent.stop.is_set():
+                        nursery.cancel_scope.cancel()
+                    agent.stop.set()
+
+            nursery.start_soon(obey)
+            await agent.run()
+            nursery.cancel_scope.cancel()
+
+
+@contextmanager
+def _page_sockets(admin: Admin) -> Iterator[list[tuple[socket.socket, bool]]]:
+    """The sockets of the pages for a block, and whether what is asked there is private."""
+    pages: list[tuple[socket.socket, bool]] = []
+    with ExitStack() as stack:
+        if admin.socket:
+            sock = bind_unix(admin.socket, socket.SOCK_STREAM, ADMIN_MODE)
+            pages.append((stack.enter_context(removed_at_the_end(sock, admin.socket)), True))
+        if admin.listen:
+            sock = stack.enter_context(bind_address(admin.listen, socket.SOCK_STREAM))
+            pages.append((sock, False))
+        yield pages
+
+
+def _raise_descriptor_limit() -> None:
+    """Each connection needs a descriptor; the usual soft limit is 1,024, below a source's own default."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

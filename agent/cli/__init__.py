@@ -1,0 +1,60 @@
+"""The command `capture-agent`: one module a verb, each loaded only when it is asked for."""
+
+from importlib import import_module
+
+import click
+
+from agent import __version__
+
+# The verbs in the order in which a person meets them, and the line that `--help` shows for each.
+VERBS = {
+    "demo": "See the whole way of an event, with no configuration.",
+    "run": "Run the agent in the foreground.",
+    "check": "Validate a configuration and print it resolved.",
+    "send": "Send events through a running agent.",
+    "status": "Show what a running agent does.",
+    "sink": "Stand in for PostHog on this host.",
+}
+
+
+class _Verbs(click.Group):
+    """Knows its verbs without loading them: `--help` must not wait for an HTTP server to load."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        command: click.Command = import_module(f"agent.cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(VERBS.items()))
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError:
+            from difflib import get_close_matches
+
+            close = get_close_matches(args[0], VERBS, 1)
+            meant = f" Did you mean {close[0]}?" if close else f" There are: {', '.join(VERBS)}."
+            raise click.UsageError(f"There is no command {args[0]!r}.{meant}", ctx) from None
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="capture-agent")
+@click.option(
+    "--config", "config_file", metavar="FILE", type=click.Path(dir_okay=False), help="The configuration."
+)
+@click.pass_context
+def main(ctx: click.Context, config_file: str | None) -> None:
+    """Take events from local processes and lose none on the way to PostHog.
+
+    Begin with `capture-agent demo`.
+    """
+    ctx.obj = config_file

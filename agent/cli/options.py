@@ -1,0 +1,97 @@
+"""What the verbs share: finding and loading the configuration, and telling errors plainly."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import click
+
+from agent.cli.places import folders
+
+if TYPE_CHECKING:
+    from agent import AgentError
+    from agent.config import Config
+
+SYSTEM_FILE = "/etc/capture-agent/config.toml"
+# What stands for the file in messages where there is none.
+NO_FILE = "defaults and environment"
+
+
+def _chosen(ctx: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
+    """The file given after the verb, else the one given before it."""
+    before: str | None = ctx.find_root().obj
+    return value if value is not None else before
+
+
+config_option = click.option(
+    "--config",
+    "config_file",
+    metavar="FILE",
+    type=click.Path(dir_okay=False),
+    callback=_chosen,
+    help=f"The configuration [default: {SYSTEM_FILE} where it exists].",
+)
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """Tell an `AgentError` in two lines on stderr, what is wrong and what to do, and exit with its code."""
+    from agent import AgentError
+
+    try:
+        yield
+    except AgentError as error:
+        _tell(error)
+    except BaseExceptionGroup as group:
+        errors, others = group.split(AgentError)
+        if errors is None or others is not None:
+            raise
+        _tell(_first(errors))
+
+
+def _first(group: "BaseExceptionGroup[AgentError]") -> "AgentError":
+    """Any of the errors that a nursery gathered; the others say the same or follow from it."""
+    inner = group.exceptions[0]
+    return _first(inner) if isinstance(inner, BaseExceptionGroup) else inner
+
+
+def _tell(error: "AgentError") -> None:
+    from agent.config import ConfigError
+
+    # A configuration's mistakes have the file's name in front, one a line.
+    click.echo(str(error) if isinstance(error, ConfigError) else f"capture-agent: {error}", err=True)
+    if error.hint:
+        click.echo(f"  try: {error.hint}", err=True)
+    raise SystemExit(error.exit_code)
+
+
+def load_config(config_file: str | None, *, keys: bool = True) -> "Config":
+    """The configuration in force. Exits 2 with every mistake when it is not valid.
+
+    Without `keys` it works for those who may not read the projects' keys.
+    """
+    import socket
+    from pathlib import Path
+
+    from agent.config import ConfigError
+    from agent.load import Surroundings, load
+
+    around = Surroundings(
+        env=os.environ,
+        paths=folders(),
+        hostname=socket.gethostname(),
+        read_text=lambda path: Path(path).read_text("utf-8"),
+    )
+    with plainly():
+        file = config_file or (SYSTEM_FILE if Path(SYSTEM_FILE).exists() else None)
+        if file is None:
+            return load("", around, file=NO_FILE, keys=keys)
+        try:
+            text = Path(file).read_text("utf-8")
+        except OSError as error:
+            raise ConfigError(f"{file}: {error.strerror}", "give the file with --config FILE") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{file}: not UTF-8 (byte {error.start})", "save it as UTF-8") from error
+        return load(text, around, file=file, keys=keys)
+    raise AssertionError("unreachable: plainly exits")

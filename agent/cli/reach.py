@@ -1,0 +1,34 @@
+"""How a command reaches the agent that runs on this host."""
+
+import os
+
+import click
+
+from agent.cli.options import SYSTEM_FILE, load_config
+from agent.cli.places import runtime_folders
+
+
+def find_socket(config_file: str | None, name: str) -> str:
+    """The path of the agent's admin socket (`admin.sock`) or of its first Unix stream (`events.sock`)."""
+    from pathlib import Path
+
+    if config_file is not None or Path(SYSTEM_FILE).exists():
+        from agent.config import UnixStream
+
+        config = load_config(config_file, keys=False)
+        streams = [source.path for source in config.sources if isinstance(source, UnixStream)]
+        configured = [config.admin.socket] if name == "admin.sock" else streams
+        if configured and configured[0]:
+            return configured[0]
+        missing = "admin socket" if name == "admin.sock" else "unix_stream source"
+        click.echo(f"capture-agent: the configuration has no {missing}, which this command needs", err=True)
+        raise SystemExit(2)
+    places = [f"{folder}/{name}" for folder in runtime_folders()]
+    return next((place for place in places if os.path.exists(place)), places[0])
+
+
+def not_running(path: str) -> SystemExit:
+    """Says that no agent answers at a socket; exit code 3."""
+    click.echo(f"capture-agent: no agent is running (nobody listens at {path})", err=True)
+    click.echo("  try: capture-agent run, or --config FILE if its configuration is elsewhere", err=True)
+    return SystemExit(3)

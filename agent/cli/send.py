@@ -1,0 +1,175 @@
+"""`capture-agent send`: hands events to a running agent and waits until they are on disk."""
+
+import socket
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import islice
+
+import click
+
+from agent.cli.options import config_option
+from agent.cli.reach import find_socket, not_running
+
+# Lines that are sent at once; between two such lots the acknowledgements are looked at.
+LOT = 1000
+# As long as a disk may stall before somebody should look.
+PATIENCE_SECONDS = 60.0
+# Refusals that are shown; beyond it only their number.
+SHOWN = 20
+
+
+def _pair(_ctx: click.Context, _parameter: click.Parameter, texts: tuple[str, ...]) -> dict[str, object]:
+    """`key=value` properties; a value that is JSON is that value, anything else a text."""
+    import msgspec
+
+    found: dict[str, object] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not (name and equals):
+            raise click.BadParameter(f"{text!r} is not key=value")
+        try:
+            found[name] = msgspec.json.decode(value)
+        except msgspec.DecodeError:
+            found[name] = value
+    return found
+
+
+@click.command()
+@click.argument("event", required=False)
+@click.option("--distinct-id", metavar="ID", help="Whose event it is [default: this host's name].")
+@click.option("-p", "properties", metavar="KEY=VALUE", multiple=True, callback=_pair, help="A property.")
+@click.option("--stdin", "from_stdin", is_flag=True, help="Send events from stdin, a JSON object a line.")
+@click.option("--socket", "path", metavar="PATH", help="The agent's unix_stream socket.")
+@config_option
+def command(
+    event: str | None,
+    distinct_id: str | None,
+    properties: dict[str, object],
+    from_stdin: bool,
+    path: str | None,
+    config_file: str | None,
+) -> None:
+    """Send one EVENT, or with --stdin many, and exit 0 only once the agent has them on disk.
+
+    Lines that the agent refuses are told by number and reason; the exit code is then 1.
+    """
+    import msgspec
+
+    if (event is None) == (not from_stdin):
+        raise click.UsageError("give either an EVENT or --stdin")
+    if from_stdin and (distinct_id is not None or properties):
+        raise click.UsageError("with --stdin each line has its own distinct_id and properties")
+    lines: Iterable[bytes] = sys.stdin.buffer
+    if not from_stdin:
+        who = distinct_id if distinct_id is not None else socket.gethostname()
+        one = {"event": event, "distinct_id": who, "properties": properties}
+        lines = [msgspec.json.encode(one) + b"\n"]
+    path = path or find_socket(config_file, "events.sock")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        try:
+            sock.connect(path)
+        except PermissionError:
+            click.echo(f"capture-agent: {path}: no permission to send there", err=True)
+            click.echo("  try: as a member of the socket's group", err=True)
+            raise SystemExit(1) from None
+        except OSError:
+            raise not_running(path) from None
+        sock.settimeout(PATIENCE_SECONDS)
+        raise SystemExit(_send(_Sending(sock), lines, bar=from_stdin and sys.stderr.isatty()))
+
+
+class _Sending:
+    """One connection: what was sent, and what the agent has said of it."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._said = b""
+        self.sent = self.accepted = self.rejected = self.full = 0
+        self.open = True
+
+    def send(self, lines: bytes, count: int) -> None:
+        """Hand lines over; what the agent has said meanwhile is read without waiting."""
+        self._sock.sendall(lines)
+        self.sent += count
+        with suppress(BlockingIOError):
+            self._hear(self._sock.recv(65536, socket.MSG_DONTWAIT))
+
+    def finish(self) -> None:
+        """Say that this was all."""
+        self._sock.shutdown(socket.SHUT_WR)
+
+    def wait(self) -> None:
+        """Wait for the agent to say more. Raises `TimeoutError`."""
+        self._hear(self._sock.recv(65536))
+
+    @property
+    def settled(self) -> bool:
+        """Whether every line sent is on disk or refused."""
+        return self.accepted + self.rejected >= self.sent
+
+    def _hear(self, text: bytes) -> None:
+        import msgspec
+
+        self.open = bool(text)
+        *lines, self._said = (self._said + text).split(b"\n")
+        for line in lines:
+            said = msgspec.json.decode(line, type=dict[str, int | str])
+            if "error" in said:
+                self.full += said["error"] == "buffer_full"
+                if self.rejected < SHOWN:
+                    click.echo(f"line {said['line']} refused: {said['error']}", err=True)
+            else:
+                self.accepted, self.rejected = int(said["accepted"]), int(said["rejected"])
+
+
+def _send(sending: _Sending, lines: Iterable[bytes], *, bar: bool) -> int:
+    """Send all, wait for the last word on it; the exit code."""
+    try:
+        with _progress(bar) as show:
+            sending.send(b'{"ack":true}\n', 0)
+            for lot, count in _lots(lines):
+                sending.send(lot, count)
+                show(sending)
+            sending.finish()
+            while sending.open and not sending.settled:
+                sending.wait()
+                show(sending)
+    except (OSError, KeyboardInterrupt) as error:
+        why = f": {error}" if str(error) else ""
+        click.echo(f"capture-agent: the connection ended early{why}", err=True)
+    if sending.rejected:
+        click.echo(f"{sending.rejected} of {sending.sent} lines were refused", err=True)
+    if not sending.settled:
+        click.echo(f"only {sending.accepted} of {sending.sent} events are known to be on disk", err=True)
+        click.echo("  try: send the rest again (with uuids of their own, none is doubled)", err=True)
+        return 75
+    if sending.full:
+        click.echo("  try: again later, the agent's buffer is full", err=True)
+        return 75
+    return 1 if sending.rejected else 0
+
+
+def _lots(lines: Iterable[bytes]) -> Iterator[tuple[bytes, int]]:
+    """Lines in lots, each with the number of those that are events."""
+    source = iter(lines)
+    while lot := list(islice(source, LOT)):
+        full = [line if line.endswith(b"\n") else line + b"\n" for line in lot if line.strip()]
+        yield b"".join(full), len(full)
+
+
+@contextmanager
+def _progress(shown: bool) -> Iterator[Callable[[_Sending], None]]:
+    """On a terminal, a moving line that says how many are sent and how many are on disk."""
+    if not shown:
+        yield lambda _sending: None
+        return
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = TextColumn("on disk"), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=0)
+        yield lambda sending: bar.update(
+            task, completed=sending.accepted + sending.rejected, total=sending.sent
+        )

@@ -1,0 +1,133 @@
+"""`capture-agent status`: one screen of what a running agent does."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import click
+
+from agent.cli.options import config_option
+from agent.cli.reach import find_socket, not_running
+
+# A busy agent answers in milliseconds.
+PATIENCE_SECONDS = 5.0
+# The newest refusals that one screen has room for.
+REJECTS_SHOWN = 5
+
+# The document is the agent's own JSON: its fields are what `agent/status.py` says.
+Document = dict[str, Any]
+
+
+@click.command()
+@config_option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def command(config_file: str | None, as_json: bool) -> None:
+    """Show a running agent's sources, buffer, delivery, holds, books and last error.
+
+    The exit code is 3 when no agent is running.
+    """
+    import httpx
+
+    path = find_socket(config_file, "admin.sock")
+    try:
+        with httpx.Client(transport=httpx.HTTPTransport(uds=path), timeout=PATIENCE_SECONDS) as client:
+            answer = client.get("http://agent/status").raise_for_status()
+    except httpx.ConnectError as error:
+        if "Permission denied" in str(error):
+            click.echo(f"capture-agent: {path}: no permission", err=True)
+            click.echo("  try: run it as root or as a member of the socket's group", err=True)
+            raise SystemExit(1) from None
+        raise not_running(path) from None
+    except httpx.HTTPError as error:
+        click.echo(f"capture-agent: the agent at {path} does not answer: {error}", err=True)
+        raise SystemExit(1) from None
+    if as_json:
+        click.echo(answer.text)
+        return
+    _show(answer.json())
+
+
+def _show(document: Document) -> None:
+    """The screen."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console(highlight=False)
+    state = f"{document['state']}, up {_age(document['uptime_seconds'])}, process {document['pid']}"
+    console.print(f"[bold]capture-agent {document['version']}[/] {state}")
+    console.print(_sources(document["sources"]))
+    for line in _buffer(document["buffer"]):
+        console.print(line)
+    for project in document["projects"]:
+        for line in _project(project, escape):
+            console.print(line)
+    console.print(_books(document["books"]))
+    for reject in document["rejects"][:REJECTS_SHOWN]:
+        what = f"{reject['source']}: {reject['reason']}: {reject['sample']}"
+        console.print(f"[dim]refused {reject['at']}[/] {escape(what)}", overflow="ellipsis", no_wrap=True)
+
+
+def _sources(sources: list[Document]) -> "Any":  # rich's Table; rich is loaded only where it is used
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for title in ("source", "at", "received", "accepted", "rejected", "kernel drops", "clients"):
+        table.add_column(title, justify="left" if title in {"source", "at"} else "right")
+    for source in sources:
+        rejected = sum(source["rejected"].values())
+        table.add_row(
+            source["name"],
+            source["address"],
+            f"{source['received']:,}",
+            f"{source['accepted']:,}",
+            f"{rejected:,}",
+            "" if source["dropped"] is None else f"{source['dropped']:,}",
+            "" if source["connections"] is None else f"{source['connections']:,}",
+        )
+    return table
+
+
+def _buffer(buffer: Document) -> Iterator[str]:
+    share = buffer["disk_bytes"] / buffer["limit_bytes"] if buffer["limit_bytes"] else 0
+    oldest = f", the oldest {_age(buffer['oldest_seconds'])} old" if buffer["oldest_seconds"] else ""
+    dead = f", {buffer['dead_letters']:,} dead letters" if buffer["dead_letters"] else ""
+    size = f"{buffer['disk_bytes'] / 2**20:,.1f} of {buffer['limit_bytes'] / 2**20:,.0f} MiB ({share:.0%})"
+    yield f"[bold]buffer[/] {buffer['events']:,} events{oldest}, {size}{dead}"
+    if buffer["trouble"]:
+        yield f"[red]the buffer cannot be written: {buffer['trouble']}[/]; senders wait"
+    elif buffer["waiting"]:
+        yield f"[yellow]{buffer['waiting']} puts wait for room[/]"
+
+
+def _project(project: Document, escape: Any) -> Iterator[str]:
+    dead = sum(project["dead"].values())
+    requests = ", ".join(f"{status}: {count:,}" for status, count in project["requests"].items())
+    yield (
+        f"[bold]project {project['name']}[/] to {escape(project['host'])}: "
+        f"{project['delivered']:,} delivered, {dead:,} dead; answers {requests or 'none yet'}; "
+        f"up to {project['concurrency']} at once"
+    )
+    if held := project["held"]:
+        probe = f"next try in {_age(held['next_probe_seconds'])}"
+        since = _age(held["since_seconds"])
+        yield f"  [red]held ({held['reason']}) for {since}[/]: {escape(held['why'])}; {probe}"
+    if error := project["last_error"]:
+        yield f"  [dim]last error {error['at']}[/] {escape(error['text'])}"
+
+
+def _books(books: Document) -> str:
+    shed = sum(books["shed"].values())
+    verdict = "[green]the books balance[/]" if books["balanced"] else "[yellow]under way[/]"
+    return (
+        f"[bold]books[/] received {books['received']:,} = accepted {books['accepted']:,}"
+        f" + rejected {books['rejected']:,}; delivered {books['delivered']:,}, dead {books['dead']:,},"
+        f" shed {shed:,}, buffered {books['buffered']:,}: {verdict}"
+    )
+
+
+def _age(seconds: float) -> str:
+    """A length of time for people: its one or two largest units."""
+    whole = int(seconds)
+    for unit, factor, smaller, part in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
+        if whole >= factor:
+            return f"{whole // factor} {unit} {whole % factor // part} {smaller}"
+    return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"

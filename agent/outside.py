@@ -1,0 +1,117 @@
+"""What looks outward: deliveries to PostHog, and pages for people; loaded once events are being taken."""
+
+import platform
+import sqlite3
+import time
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from socket import socket
+
+import trio
+
+from agent import __version__, httpd
+from agent.accept.source import Source
+from agent.admin import View, make_app
+from agent.buffer import Buffer
+from agent.clock import Clock
+from agent.config import Config
+from agent.deliver.client import Client
+from agent.deliver.worker import Delivery
+from agent.metrics import DeliveryFacts, Metrics, Pulled
+from agent.status import Document, describe
+
+
+class Outside:
+    """The deliveries and the pages of one agent; `state` is what the pages call it."""
+
+    def __init__(
+        self, config: Config, buffer: Buffer, sources: Sequence[Source], metrics: Metrics, clock: Clock
+    ) -> None:
+        self._config = config
+        self._buffer = buffer
+        self._sources = sources
+        self._metrics = metrics
+        self._clock = clock
+        self._deliveries: list[Delivery] = []
+        self._started = time.monotonic()
+        self.state = "running"
+
+    async def deliver(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Deliver each project's events until cancelled or drained."""
+        async with AsyncExitStack() as stack, trio.open_nursery() as nursery:
+            for project in self._config.projects:
+                client = await stack.enter_async_context(Client(project.delivery))
+                delivery = Delivery(project, self._buffer, client, self._metrics, self._clock.now)
+                self._deliveries.append(delivery)
+                nursery.start_soon(delivery.run)
+            task_status.started()
+
+    def drain(self) -> None:
+        """Deliver what is there, wait for no company, and end."""
+        for delivery in self._deliveries:
+            delivery.drain()
+
+    async def show(
+        self,
+        pages: Sequence[tuple[socket, bool]],
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Serve the pages on bound sockets until cancelled; each is told whether it is private."""
+        self._metrics.pull(
+            Pulled(
+                sources=[source.settings.name for source in self._sources],
+                projects=[project.name for project in self._config.projects],
+                drops_known=lambda: [source.settings.name for source in self._sources if source.drops_known],
+                books=self._buffer.books,
+                stats=self._buffer.stats,
+                deliveries=self._facts,
+                now=lambda: self._clock.now().wall,
+                build={
+                    "version": __version__,
+                    "sqlite": sqlite3.sqlite_version,
+                    "python": platform.python_version(),
+                },
+            )
+        )
+        view = View(self._status, self._unready, self._metrics.registry)
+        async with trio.open_nursery() as nursery:
+            for sock, private in pages:
+                app = make_app(view, private=private)
+                await nursery.start(_serve, app, sock)
+            task_status.started()
+
+    def _facts(self) -> list[DeliveryFacts]:
+        return [
+            DeliveryFacts(
+                delivery.project.name,
+                delivery.pace.concurrency,
+                delivery.pace.hold.reason if delivery.pace.hold else "",
+            )
+            for delivery in self._deliveries
+        ]
+
+    def _status(self, private: bool) -> Document:
+        return describe(
+            self._config,
+            self._buffer,
+            self._sources,
+            self._deliveries,
+            state=self.state,
+            uptime=time.monotonic() - self._started,
+            wall=self._clock.now().wall,
+            monotonic=trio.current_time(),
+            private=private,
+        )
+
+    def _unready(self) -> str:
+        """Why events cannot be taken now; empty when they can."""
+        if self.state != "running":
+            return f"the agent is {self.state}"
+        return f"the buffer cannot be written: {self._buffer.trouble}" if self._buffer.trouble else ""
+
+
+async def _serve(
+    app: httpd.App, sock: socket, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    await httpd.serve(app, [sock], shutdown=trio.Event(), task_status=task_status)

@@ -1,0 +1,146 @@
+"""The status document: what a person or a script is told about a running agent, as JSON-able values."""
+
+import os
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from agent import __version__
+from agent.accept.source import Source
+from agent.buffer import Books, Buffer
+from agent.config import Config, Udp, UnixDatagram, UnixStream
+from agent.deliver.worker import Delivery
+
+Document = dict[str, Any]
+
+
+def describe(
+    config: Config,
+    buffer: Buffer,
+    sources: Sequence[Source],
+    deliveries: Sequence[Delivery],
+    *,
+    state: str,
+    uptime: float,
+    wall: int,
+    monotonic: float,
+    private: bool,
+) -> Document:
+    """Everything there is to tell; what events contained, and PostHog's words on them, only where `private`.
+
+    `wall` is in microseconds; `monotonic` in seconds, of the clock that the paces are told.
+    """
+    books = buffer.books()
+    stats = buffer.stats()
+    return {
+        "version": __version__,
+        "pid": os.getpid(),
+        "uptime_seconds": round(uptime, 3),
+        "state": state,
+        "sources": [_source(source, books) for source in sources],
+        "buffer": {
+            "kind": config.buffer.kind,
+            "path": config.buffer.path if config.buffer.kind == "sqlite" else None,
+            "events": stats.events,
+            "bytes": stats.bytes,
+            "disk_bytes": stats.disk_bytes,
+            "limit_bytes": stats.limit_bytes,
+            "oldest_seconds": None if stats.oldest is None else max(0, wall - stats.oldest) / 1_000_000,
+            "when_full": config.buffer.when_full,
+            "durability": config.buffer.durability,
+            "dead_letters": stats.dead_letters,
+            "waiting": stats.waiting,
+            "trouble": buffer.trouble or None,
+        },
+        "projects": [_project(delivery, books, monotonic, private=private) for delivery in deliveries],
+        "books": balance(books, stats.events),
+        "rejects": _rejects(sources) if private else [],
+    }
+
+
+def _source(source: Source, books: Books) -> Document:
+    settings = source.settings
+    name = settings.name
+    return {
+        "name": name,
+        "kind": {UnixStream: "unix_stream", UnixDatagram: "unix_datagram", Udp: "udp"}[type(settings)],
+        "address": source.address,
+        "format": settings.format,
+        "project": settings.project,
+        "received": _total(books, "received", name),
+        "accepted": _total(books, "accepted", name),
+        "rejected": _by_reason(books, "rejected", name),
+        "truncated": _total(books, "truncated", name),
+        "restamped": _total(books, "restamped", name),
+        "connections": source.connections,
+        "receive_buffer": source.granted,
+        "dropped": _total(books, "dropped", name) if source.drops_known else None,
+    }
+
+
+def _project(delivery: Delivery, books: Books, monotonic: float, *, private: bool) -> Document:
+    name, hold, trouble = delivery.project.name, delivery.pace.hold, delivery.trouble
+    return {
+        "name": name,
+        "host": delivery.project.host,
+        "held": hold
+        and {
+            "reason": hold.reason,
+            "why": hold.why if private or hold.reason != "rejected" else "",
+            "since_seconds": round(monotonic - hold.since, 3),
+            "next_probe_seconds": max(0.0, round(hold.probe_at - monotonic, 3)),
+        },
+        "concurrency": delivery.pace.concurrency,
+        "failures": delivery.pace.failures,
+        "delivered": _total(books, "delivered", name),
+        "dead": _by_reason(books, "dead", name),
+        "requests": {str(status): count for status, count in sorted(delivery.statuses.items())},
+        "last_error": {"text": trouble.text, "at": _told(trouble.at)} if trouble and private else None,
+    }
+
+
+def _rejects(sources: Sequence[Source]) -> list[Document]:
+    """The last refusals of all sources, the newest first."""
+    recent = sorted((refusal for source in sources for refusal in source.putter.recent), reverse=True)
+    return [{**refusal._asdict(), "at": _told(refusal.at)} for refusal in recent]
+
+
+def balance(books: Books, buffered: int) -> Document:
+    """The totals over all sources and projects, and whether both identities hold."""
+    shed = _by_reason(books, "shed")
+    document: Document = {
+        "received": _total(books, "received"),
+        "accepted": _total(books, "accepted"),
+        "rejected": _total(books, "rejected"),
+        "shed": shed,
+        "delivered": _total(books, "delivered"),
+        "dead": _total(books, "dead"),
+        "replayed": _total(books, "replayed"),
+        "buffered": buffered,
+    }
+    at_the_door = shed.get("full_newest", 0) + shed.get("shutdown", 0)
+    later = sum(shed.values()) - at_the_door
+    came_in = document["received"] == document["accepted"] + document["rejected"] + at_the_door
+    went_out = document["accepted"] + document["replayed"] == (
+        document["delivered"] + document["dead"] + later + buffered
+    )
+    return {**document, "balanced": came_in and went_out}
+
+
+def _total(books: Books, joint: str, label: str | None = None) -> int:
+    return sum(
+        total for entry, total in books.items() if entry.joint == joint and label in (None, entry.label)
+    )
+
+
+def _by_reason(books: Books, joint: str, label: str | None = None) -> dict[str, int]:
+    totals: dict[str, int] = {}
+    for entry, total in books.items():
+        if entry.joint == joint and label in (None, entry.label) and total:
+            totals[entry.reason] = totals.get(entry.reason, 0) + total
+    return totals
+
+
+def _told(wall: int) -> str:
+    """A time in microseconds as people and scripts read it."""
+    return datetime.fromtimestamp(wall / 1_000_000, UTC).isoformat(timespec="milliseconds")[:-6] + "Z"

@@ -1,0 +1,426 @@
+"""Reading a configuration: every default, every mistake, and where keys may come from."""
+
+import tomllib
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.cli.check import resolved
+from agent.config import Config, ConfigError, Paths, Secret, Udp, UnixDatagram, UnixStream, default_paths
+from agent.load import Surroundings, load
+
+CONFIG = Path(__file__).parents[1] / "config"
+SYSTEM = Paths("/run/capture-agent", "/var/lib/capture-agent")
+KEY = '[project]\napi_key = "phc_k"\n'
+
+
+def read(text: str, env: Mapping[str, str] | None = None, files: Mapping[str, str] | None = None) -> Config:
+    def read_text(path: str) -> str:
+        try:
+            return (files or {})[path]
+        except KeyError:
+            raise FileNotFoundError(2, "No such file or directory") from None
+
+    around = Surroundings(env=env or {}, paths=SYSTEM, hostname="berlin-7", read_text=read_text)
+    return load(text, around, file="c.toml")
+
+
+def mistakes(text: str, env: Mapping[str, str] | None = None) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        read(text, env)
+    assert caught.value.exit_code == 2
+    assert caught.value.hint
+    return str(caught.value).splitlines()
+
+
+def test_defaults() -> None:
+    """With nothing but a key there is one project, the three sources, and a buffer."""
+    config = read(KEY)
+    assert [type(source) for source in config.sources] == [UnixStream, UnixDatagram, Udp]
+    assert [source.name for source in config.sources] == ["unix_stream", "unix_datagram", "udp"]
+    stream, datagram, udp = config.sources
+    assert isinstance(stream, UnixStream)
+    assert isinstance(datagram, UnixDatagram)
+    assert isinstance(udp, Udp)
+    assert (stream.path, datagram.path) == (
+        "/run/capture-agent/events.sock",
+        "/run/capture-agent/events.dgram",
+    )
+    assert (udp.listen, udp.receive_buffer) == ("127.0.0.1:8125", 32 * 2**20)
+    assert config.buffer.path == "/var/lib/capture-agent/buffer.db"
+    assert (config.buffer.max_size, config.buffer.durability) == (2**30, "full")
+    assert config.admin.socket == "/run/capture-agent/admin.sock"
+    [project] = config.projects
+    assert (project.name, project.host) == ("default", "https://us.i.posthog.com")
+    assert project.api_key == Secret("phc_k")
+    assert (project.delivery.linger, project.delivery.max_batch_size) == (0.5, 5 * 2**20)
+
+
+def test_the_complete_file_states_the_true_defaults() -> None:
+    """Every value in config/capture-agent.toml is what one gets without it, and none is missing there."""
+    text = (CONFIG / "capture-agent.toml").read_text()
+    assert read(text) == read('[project]\napi_key = "phc_..."\n')
+    document = tomllib.loads(text)
+    config = read(text)
+    written = [
+        (document["project"], config.projects[0], {"delivery"}),
+        (document["delivery"], config.projects[0].delivery, set()),
+        (document["buffer"], config.buffer, set()),
+        (document["admin"], config.admin, set()),
+        (document["log"], config.log, set()),
+        *((table, made, set()) for table, made in zip(document["source"], config.sources, strict=True)),
+    ]
+    for table, made, apart in written:
+        names = {field.name for field in msgspec.structs.fields(made)} - apart
+        assert set(table) == names | ({"kind"} if "max_event" in names else set())
+
+
+def test_the_minimal_file_works() -> None:
+    """config/minimal.toml is enough."""
+    assert read((CONFIG / "minimal.toml").read_text()) == read('[project]\napi_key = "phc_..."\n')
+
+
+def test_what_is_printed_resolved_reads_back_as_the_same() -> None:
+    """`check` prints a configuration that means what the given one meant; only the key is hidden."""
+    text = """
+        [[project]]
+        name = "a"
+        api_key = "phc_secret"
+        delivery = { linger = "1.5 s" }
+        [[project]]
+        name = "b"
+        host = "http://posthog.example:8000"
+        api_key = "phc_secret"
+        [[source]]
+        kind = "udp"
+        project = "b"
+        properties = { site = "berlin", deep = { list = [1, 2.5, true, "x"] } }
+        max_event = "12345 B"
+        [buffer]
+        max_age = "7 d"
+    """
+    config = read(text)
+    printed = "\n".join(resolved(config))
+    assert "phc_secret" not in printed
+    again = printed.replace("[project.delivery]", "[project.delivery]").replace('"***"', '"phc_secret"')
+    assert read(again) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("[buffer]\nmax_sise = '1 GiB'\n", "buffer.max_sise: unknown key (did you mean max_size?)"),
+        ("[bufer]\n", "bufer: unknown key (did you mean buffer?)"),
+        (
+            "[buffer]\nwhen_full = 'drop_old'\n",
+            (
+                "buffer.when_full: 'drop_old' is not one of block, drop_oldest, drop_newest"
+                " (did you mean drop_oldest?)"
+            ),
+        ),
+        ("[buffer]\nmax_size = 5\n", 'buffer.max_size: must be a text with a unit, such as "5 MiB"'),
+        (
+            "[buffer]\nmax_size = '5'\n",
+            "buffer.max_size: '5' needs a unit (B, KiB, MiB, GiB, TiB), such as \"900 KiB\"",
+        ),
+        ("[buffer]\nmax_size = '1 MiB'\n", "buffer.max_size: must be at least 16 MiB"),
+        ("[buffer]\npath = 'b.db'\n", "buffer.path: 'b.db' must be an absolute path"),
+        (
+            "[delivery]\nlinger = 'soon'\n",
+            "delivery.linger: 'soon' is not a number with a unit, such as \"250 ms\"",
+        ),
+        ("[delivery]\nmax_batch_events = 5000\n", "delivery.max_batch_events: must be at most 4096"),
+        ("[delivery]\nmax_batch_events = '5'\n", "delivery.max_batch_events: Expected int, got str"),
+        ("[delivery]\nbackoff_max = '10 ms'\n", "delivery.backoff_max: must be at least 1 s"),
+        (
+            "[delivery.headers]\nContent-Type = 'x'\n",
+            "delivery.headers.Content-Type: is set by the agent itself",
+        ),
+        (
+            '[delivery.headers]\nX-A = "a\\u000ab"\n',
+            "delivery.headers.X-A: may only hold printable ASCII, with no space at its ends",
+        ),
+        ("[delivery]\nclient_key = '/k'\n", "delivery.client_key: is of no use without client_cert"),
+        (
+            "[admin]\nlisten = '127.0.0.1:99999'\n",
+            "admin.listen: there is no port 99999: the last one is 65535",
+        ),
+        (
+            "[admin]\nlisten = '8125'\n",
+            'admin.listen: \'8125\' is not HOST:PORT, such as "127.0.0.1:8125" or "[::1]:8125"',
+        ),
+        ("[admin]\nlisten = '::1:80'\n", "admin.listen: an IPv6 address stands in brackets: [::1]:80"),
+        (
+            "[[source]]\nkind = 'unixstream'\n",
+            (
+                "source[unixstream].kind: 'unixstream' is not: one of unix_stream, unix_datagram, udp"
+                " (did you mean unix_stream?)"
+            ),
+        ),
+        ("[[source]]\npath = '/x'\n", "source[1].kind: missing: one of unix_stream, unix_datagram, udp"),
+        (
+            "[[source]]\nkind = 'udp'\n[[source]]\nkind = 'udp'\nlisten = '127.0.0.1:1'\n",
+            "source[udp].name: there are several sources of this name; each needs its own",
+        ),
+        (
+            "[[source]]\nkind = 'udp'\nname = 'a'\n[[source]]\nkind = 'udp'\nname = 'b'\n",
+            "source[b].listen: UDP 127.0.0.1:8125 is that of source[a].listen already",
+        ),
+        (
+            "[[source]]\nkind = 'udp'\nproject = 'defalt'\n",
+            "source[udp].project: there is no project 'defalt' (did you mean default?)",
+        ),
+        (
+            "[[source]]\nkind = 'udp'\nname = 'a b'\n",
+            (
+                "source[a b].name: 1 to 64 letters, digits, dots, dashes and underscores:"
+                " it is a label of the metrics"
+            ),
+        ),
+        (
+            f"[[source]]\nkind = 'unix_stream'\npath = '/{'x' * 107}'\n",
+            "source[unix_stream].path: is 108 bytes long, and a Unix socket's path has at most 107: /"
+            + "x" * 107,
+        ),
+        (
+            "[[source]]\nkind = 'unix_stream'\nmode = 660\n",
+            "source[unix_stream].mode: 0o1224 is no file mode, such as 0o660",
+        ),
+        (
+            "[[source]]\nkind = 'udp'\nproperties = { x = nan }\n",
+            "source[udp].properties.x: cannot be told in JSON (nan and inf are not in it)",
+        ),
+        (
+            "[[source]]\nkind = 'udp'\nproperties = { '$cookieless_mode' = 1 }\n",
+            (
+                "source[udp].properties.$cookieless_mode: must be true or false:"
+                " PostHog refuses a whole batch for another"
+            ),
+        ),
+        ("source = 5\n", "source: must be a list of tables: [[source]]"),
+        ("buffer = 5\n", "buffer: must be a table: [buffer]"),
+    ],
+)
+def test_each_mistake_is_told_in_its_place(text: str, line: str) -> None:
+    """One mistake is one line: the file, the key, what is wrong, and what was probably meant."""
+    first, rest = (text, "") if text[0] != "[" else ("", text)
+    assert mistakes(first + KEY + rest) == [f"c.toml: {line}"]
+
+
+@pytest.mark.parametrize(
+    ("host", "wrong"),
+    [
+        (
+            "https://app.posthog.com",
+            "is where people look at events (did you mean https://us.i.posthog.com?)",
+        ),
+        (
+            "https://eu.posthog.com/",
+            "is where people look at events (did you mean https://eu.i.posthog.com?)",
+        ),
+        ("us.i.posthog.com", 'must be a URL, such as "https://us.i.posthog.com"'),
+        ("ftp://us.i.posthog.com", 'must be a URL, such as "https://us.i.posthog.com"'),
+        ("https://x:99999", "is no URL: its port or its brackets are wrong"),
+        ("https://user:secret@x", "must not hold a user or a password"),
+        ("https://x/?a=b", 'must end before "?" and "#"'),
+        ("https://x y", "holds characters that no URL has"),
+    ],
+)
+def test_hosts_that_cannot_be(host: str, wrong: str) -> None:
+    """A host is an address that events can be sent to, and no secret is shown of one that is not."""
+    assert mistakes(f"{KEY}host = '{host}'") == [f"c.toml: project.host: {wrong}"]
+
+
+@pytest.mark.parametrize(
+    ("key", "wrong"),
+    [
+        ("phx_secret", "is a personal API key (phx_...), which cannot send events: use the project's key"),
+        ("phs_secret", "is a project secret key (phs_...)"),
+        ("pha_secret", "is an OAuth access token (pha_...)"),
+        ("p" * 65, "is longer than 64 bytes"),
+        ("phc_schlüssel", "holds characters that no project's key has"),
+        ("phc_sec ret", "holds characters that no project's key has"),
+    ],
+)
+def test_keys_that_cannot_be(key: str, wrong: str) -> None:
+    """A key that PostHog would refuse is refused here, without being shown."""
+    [line] = mistakes(f'[project]\napi_key = "{key}"')
+    assert line.startswith(f"c.toml: project.api_key: {wrong}")
+    assert key not in line
+
+
+def test_a_missing_key_says_where_it_is_found() -> None:
+    """Nothing works without a key, so the error says how to get one."""
+    [line] = mistakes("")
+    assert line.startswith("c.toml: project.api_key: missing")
+    assert "CAPTURE_AGENT_API_KEY" in line
+
+
+def test_all_mistakes_are_told_at_once() -> None:
+    """Nobody has to mend a file one error at a time."""
+    text = "[buffer]\nmax_size = 'x'\nfoo = 1\n[log]\nlevel = 'loud'\n[[source]]\nkind = 'tcq'\n"
+    assert len(mistakes(text)) == 5
+
+
+def test_text_that_is_not_toml_is_told_with_its_line() -> None:
+    """A file that is no TOML is one mistake, with line and column."""
+    [line] = mistakes("[project]\napi_key = phc_x\n")
+    assert line.startswith("c.toml: ")
+    assert "line 2" in line
+
+
+@given(st.text())
+def test_no_text_makes_it_fail_otherwise(text: str) -> None:
+    """Whatever a file holds, it is a configuration or a `ConfigError`."""
+    with suppress(ConfigError):
+        read(text)
+
+
+TOML_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just("5 MiB"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(
+    st.sampled_from(["project", "source", "buffer", "delivery", "admin", "log"]),
+    st.sampled_from(
+        ["name", "kind", "api_key", "path", "delivery", "properties", "headers", "mode", "linger"]
+    ),
+    TOML_VALUES,
+)
+def test_no_value_makes_it_fail_otherwise(section: str, key: str, value: object) -> None:
+    """Whatever a key holds, it is a setting or a mistake that is told."""
+    lines = [f"[[{section}]]" if section == "source" else f"[{section}]"]
+    try:
+        lines.append(f"{key} = {msgspec.json.encode(value).decode()}")
+        tomllib.loads("\n".join(lines))
+    except (tomllib.TOMLDecodeError, UnicodeEncodeError):
+        return
+    with suppress(ConfigError):
+        read("\n".join(lines))
+
+
+def test_the_environment_overrides() -> None:
+    """CAPTURE_AGENT_ and the path in capitals set anything, over what the file says."""
+    text = f"{KEY}[buffer]\nmax_size = '2 GiB'\n[[source]]\nkind = 'udp'\nname = 'edge-1'\n"
+    env = {
+        "CAPTURE_AGENT_API_KEY": "phc_env",
+        "CAPTURE_AGENT_HOST": "http://10.0.0.1",
+        "CAPTURE_AGENT_BUFFER__MAX_SIZE": "4 GiB",
+        "CAPTURE_AGENT_BUFFER__WHEN_FULL": "drop_oldest",
+        "CAPTURE_AGENT_DELIVERY__CONCURRENCY": "2",
+        "CAPTURE_AGENT_DELIVERY__DISABLE_GEOIP": "false",
+        "CAPTURE_AGENT_DELIVERY__HEADERS": '{ X-A = "b" }',
+        "CAPTURE_AGENT_SOURCE__EDGE_1__LISTEN": "127.0.0.1:9",
+        "PATH": "/bin",
+    }
+    config = read(text, env)
+    assert config.projects[0].api_key == Secret("phc_env")
+    assert config.projects[0].host == "http://10.0.0.1"
+    assert (config.buffer.max_size, config.buffer.when_full) == (4 * 2**30, "drop_oldest")
+    delivery = config.projects[0].delivery
+    assert (delivery.concurrency, delivery.disable_geoip, delivery.headers) == (
+        2,
+        False,
+        {"X-A": Secret("b")},
+    )
+    [source] = config.sources
+    assert isinstance(source, Udp)
+    assert source.listen == "127.0.0.1:9"
+
+
+def test_a_variable_that_means_nothing_is_a_mistake() -> None:
+    """A misspelt variable is told, as a misspelt key is."""
+    [line] = mistakes(KEY, {"CAPTURE_AGENT_APIKEY": "phc_secret"})
+    assert line.startswith("environment: CAPTURE_AGENT_APIKEY: no such setting")
+    assert "phc_secret" not in line
+
+
+def test_where_keys_may_come_from() -> None:
+    """From a file, a variable, or a credential of systemd; white space around it is not the key's."""
+    files = {"/k": " phc_file\n", "/run/credentials/posthog": "phc_credential"}
+    env = {"KEY": "phc_env", "CREDENTIALS_DIRECTORY": "/run/credentials"}
+    for form, expected in (
+        ('{ file = "/k" }', "phc_file"),
+        ('{ env = "KEY" }', "phc_env"),
+        ('{ credential = "posthog" }', "phc_credential"),
+    ):
+        config = read(f"[project]\napi_key = {form}", env, files)
+        assert config.projects[0].api_key == Secret(expected)
+
+
+@pytest.mark.parametrize(
+    ("form", "wrong"),
+    [
+        ('{ file = "/k" }', "/k: No such file or directory"),
+        ('{ env = "KEY" }', "the environment variable KEY is not set"),
+        ('{ credential = "k" }', "systemd passed no credentials"),
+        ('{ file = "/k", env = "KEY" }', "must be "),
+        ("5", "must be "),
+    ],
+)
+def test_keys_that_are_not_where_they_should_be(form: str, wrong: str) -> None:
+    """Each says what was looked for."""
+    [line] = mistakes(f"[project]\napi_key = {form}")
+    assert line.startswith(f"c.toml: project.api_key: {wrong}")
+
+
+def test_a_project_overrides_the_common_delivery() -> None:
+    """`delivery` in a project changes what it names, and leaves the rest as `[delivery]` says."""
+    text = """
+        [[project]]
+        name = "a"
+        api_key = "phc_a"
+        [[project]]
+        name = "b"
+        api_key = "phc_b"
+        delivery = { concurrency = 1 }
+        [delivery]
+        concurrency = 4
+        linger = "1 s"
+    """
+    a, b = read(text).projects
+    assert (a.delivery.concurrency, a.delivery.linger) == (4, 1.0)
+    assert (b.delivery.concurrency, b.delivery.linger) == (1, 1.0)
+
+
+def test_a_hostname_may_be_the_distinct_id() -> None:
+    """`{hostname}` in a source's distinct_id is this host's name."""
+    [source] = read(f"{KEY}[[source]]\nkind = 'udp'\ndistinct_id = 'box {{hostname}}'\n").sources
+    assert source.distinct_id == "box berlin-7"
+
+
+def test_a_secret_shows_itself_to_nobody() -> None:
+    """Neither repr nor str nor an encoder gives a key away."""
+    text = f"{KEY}[delivery]\nheaders = {{ X-Token = 'phc_k' }}\nproxy = 'http://user:phc_k@proxy:3128'\n"
+    config = read(text)
+    for shown in (
+        repr(config),
+        f"{config.projects[0].api_key}",
+        msgspec.json.encode(config, enc_hook=str).decode(),
+        "\n".join(resolved(config)),
+    ):
+        assert "phc_k" not in shown
+
+
+def test_paths_without_a_file() -> None:
+    """systemd's folders win, then the system's, then the user's own."""
+
+    def here(env: Mapping[str, str], system: bool) -> Paths:
+        return default_paths(env, runtime_writable=system, state_writable=system, uid=1000, tmp="/tmp")
+
+    assert here({}, system=True) == SYSTEM
+    assert here({"HOME": "/home/a"}, system=False) == Paths(
+        "/tmp/capture-agent-1000", "/home/a/.local/state/capture-agent"
+    )
+    own = {"HOME": "/home/a", "XDG_RUNTIME_DIR": "/run/user/1000", "XDG_STATE_HOME": "/home/a/state"}
+    assert here(own, system=False) == Paths("/run/user/1000/capture-agent", "/home/a/state/capture-agent")
+    systemd = {"RUNTIME_DIRECTORY": "/run/a:/run/b", "STATE_DIRECTORY": "/var/lib/a"}
+    assert here(own | systemd, system=False) == Paths("/run/a", "/var/lib/a")
