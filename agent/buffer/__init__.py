@@ -81,7 +81,7 @@ class Stats(NamedTuple):
     limit_bytes: int
     oldest: int | None
     dead_letters: int
-    waiting: int
+    waiting: int  # puts that found no room
 
 
 class Buffer(Protocol):

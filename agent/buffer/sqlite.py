@@ -132,7 +132,8 @@ class SqliteBuffer:
 
     def stats(self) -> Stats:
         """See `Buffer.stats`."""
-        return self._stats._replace(disk_bytes=self._store.disk_bytes(), waiting=len(self._deposits))
+        waiting = len(self._deposits) if self._full or self.trouble else 0
+        return self._stats._replace(disk_bytes=self._store.disk_bytes(), waiting=waiting)
 
     def books(self) -> Books:
         """See `Buffer.books`."""
@@ -148,8 +149,15 @@ class SqliteBuffer:
         self._bell.set()
         await asked.done.wait()
 
-    async def serve(self) -> None:
-        """Do what is asked, all of it at once, for ever; the one task that uses the store."""
+    async def serve(self, until: trio.CancelScope) -> None:
+        """Do what is asked, all of it at once, until cancelled by `until`; the one task that uses the store.
+
+        `until` is shielded: whoever is cancelled may still settle or release what it has on lease.
+        """
+        with until:
+            await self._serve()
+
+    async def _serve(self) -> None:
         while True:
             with trio.move_on_after(self._patience()) as patience:
                 await self._bell.wait()
@@ -297,11 +305,14 @@ async def open_sqlite(settings: config.Buffer, metrics: Metrics) -> AsyncIterato
             "if the file is damaged, move it away; the agent makes a new one",
         ) from error
     buffer = SqliteBuffer(store, settings, metrics)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(buffer.serve)
-        try:
-            yield buffer
-        finally:
-            nursery.cancel_scope.cancel()
-            with trio.CancelScope(shield=True):
-                await buffer.finish()
+    serving = trio.CancelScope(shield=True)
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(buffer.serve, serving)
+            try:
+                yield buffer
+            finally:
+                serving.cancel()
+    finally:
+        with trio.CancelScope(shield=True):
+            await buffer.finish()

@@ -3,8 +3,9 @@
 import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import islice
+from select import select
 
 import click
 
@@ -92,8 +93,8 @@ class _Sending:
         """Hand lines over; what the agent has said meanwhile is read without waiting."""
         self._sock.sendall(lines)
         self.sent += count
-        with suppress(BlockingIOError):
-            self._hear(self._sock.recv(65536, socket.MSG_DONTWAIT))
+        if select([self._sock], [], [], 0)[0]:
+            self._hear(self._sock.recv(65536))
 
     def finish(self) -> None:
         """Say that this was all."""

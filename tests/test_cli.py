@@ -1,0 +1,267 @@
+"""The commands as processes: what they print, what they say when something is wrong, how they end."""
+
+import json
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import trio
+from processes import COMMAND, ENVIRONMENT, configure, parsed, run, running
+from sources import line
+
+from agent import __version__
+from agent.sink import Sink, serving
+
+VERBS = ("demo", "run", "check", "send", "status", "sink")
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def test_help_names_every_verb_and_loads_nothing_heavy() -> None:
+    """`--help` answers at once: nothing but click is loaded for it."""
+    done = run("--help")
+    assert done.returncode == 0
+    assert all(f"  {verb} " in done.stdout for verb in VERBS)
+    code = "import sys; from agent.cli import main; main(['--help'], standalone_mode=False)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code + "; print(sorted(sys.modules))"],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    for heavy in ("trio", "httpx", "msgspec", "starlette", "rich", "structlog"):
+        assert f"'{heavy}'" not in loaded
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_verb_has_help(verb: str) -> None:
+    """Each verb says what it does and what it takes."""
+    done = run(verb, "--help")
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"Usage: capture-agent {verb}")
+
+
+def test_version() -> None:
+    """`--version` is the package's."""
+    assert run("--version").stdout == f"capture-agent, version {__version__}\n"
+
+
+def test_an_unknown_verb_is_a_usage_error_with_a_suggestion() -> None:
+    """A slip of the finger is understood."""
+    done = run("chekc")
+    assert done.returncode == 2
+    assert "Did you mean check?" in done.stderr
+
+
+def test_check_prints_what_is_in_force(tmp_path: Path) -> None:
+    """A valid configuration is printed resolved, without its key."""
+    file = configure(tmp_path, "http://127.0.0.1:1")
+    for arguments in (("check", "--config", str(file)), ("--config", str(file), "check")):
+        done = run(*arguments)
+        assert done.returncode == 0
+        assert 'api_key = "***"' in done.stdout
+        assert 'linger = "50 ms"' in done.stdout
+        assert "phc_test" not in done.stdout
+    document = json.loads(run("check", "--config", str(file), "--json").stdout)
+    assert document["projects"][0]["api_key"] == "***"
+
+
+def test_check_tells_every_mistake_at_once(tmp_path: Path) -> None:
+    """Each is a line of its own: file, key, what is wrong, what was meant; the exit code is 2."""
+    file = tmp_path / "c.toml"
+    file.write_text('[project]\napi_key = "phx_secret"\n[buffer]\nmax_sise = "1 GiB"\n')
+    done = run("check", "--config", str(file))
+    assert done.returncode == 2
+    first, second, hint = done.stderr.splitlines()
+    assert first.startswith(f"{file}: project.api_key: is a personal API key (phx_...)")
+    assert second == f"{file}: buffer.max_sise: unknown key (did you mean max_size?)"
+    assert hint.startswith("  try: ")
+    assert "phx_secret" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("setting", "code", "said"),
+    [
+        ('[buffer]\npath = "/no/such/folder/b.db"', 1, "the folder /no/such/folder does not exist"),
+        ('[buffer]\npath = "/sys/kernel/b.db"', 1, "needs write permission in /sys/kernel"),
+        ('[admin]\nsocket = "/sys/kernel/a"', 1, "no permission"),
+        ('[buffer]\npath = "{folder}/newer.db"', 1, "written by a newer capture-agent (schema 99"),
+        ('[buffer]\npath = "{folder}/other.db"', 1, "this is another program's SQLite database"),
+        ('[buffer]\npath = "{folder}/text.db"', 1, "file is not a database"),
+        ('[admin]\nlisten = "127.0.0.1:{taken}"', 1, "this address is in use"),
+        ('[admin]\nsocket = "{folder}/text.db"', 1, "not a socket"),
+        ('[delivery]\nca_file = "/no/such/file"', 1, "/no/such/file"),
+    ],
+)
+def test_what_cannot_start_says_why_and_what_to_do(
+    tmp_path: Path, setting: str, code: int, said: str
+) -> None:
+    """Two lines and an exit code, never a traceback."""
+    (tmp_path / "text.db").write_text("I am not a database, and long enough not to be taken for an empty one")
+    with sqlite3.connect(tmp_path / "other.db") as other:
+        other.execute("CREATE TABLE theirs (x)")
+    with sqlite3.connect(tmp_path / "newer.db") as newer:
+        newer.execute(f"PRAGMA application_id = {0x50486361}")
+        newer.execute("PRAGMA user_version = 99")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        filled = setting.format(folder=tmp_path, taken=taken.getsockname()[1])
+        config = tmp_path / "config.toml"
+        sections = {
+            "[buffer]": f'path = "{tmp_path}/b.db"',
+            "[admin]": f'socket = "{tmp_path}/a"\nlisten = ""',
+        }
+        rest = "\n".join(f"{name}\n{text}" for name, text in sections.items() if name not in filled)
+        extra = f'\nsocket = "{tmp_path}/a"' if "listen" in filled else ""
+        source = f'[[source]]\nkind = "unix_stream"\npath = "{tmp_path}/s"\n'
+        config.write_text(
+            f'[project]\napi_key = "phc_k"\nhost = "http://[::1]:1"\n{source}{filled}{extra}\n{rest}\n'
+        )
+        done = run("run", "--config", str(config))
+    assert said in done.stderr
+    assert done.returncode == code
+    assert "  try: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_missing_file_and_a_missing_key_say_so(tmp_path: Path) -> None:
+    """Both say where to put what is missing."""
+    done = run("run", "--config", str(tmp_path / "none.toml"))
+    assert done.returncode == 2
+    assert "No such file" in done.stderr
+    (tmp_path / "empty.toml").write_text("")
+    done = run("run", "--config", str(tmp_path / "empty.toml"))
+    assert done.returncode == 2
+    assert "project.api_key: missing" in done.stderr
+
+
+@pytest.mark.parametrize("verb", ["status", "send"])
+def test_without_an_agent(tmp_path: Path, verb: str) -> None:
+    """Exit code 3, and how to start one."""
+    config = configure(tmp_path, "http://127.0.0.1:1")
+    done = run(verb, *(["e"] if verb == "send" else []), "--config", str(config))
+    assert done.returncode == 3
+    assert "no agent is running" in done.stderr
+
+
+def test_demo_once() -> None:
+    """With no configuration and no account every sample event arrives."""
+    done = run("demo", "--once")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "15 of 15 events arrived"
+
+
+async def test_demo_stays_until_it_is_told_to_stop() -> None:
+    """Without --once it tells where to look, keeps running, and ends cleanly."""
+    process = await trio.lowlevel.open_process(
+        [*COMMAND, "demo"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    said = b""
+    with trio.fail_after(30):
+        while b"Ctrl-C ends it all" not in said:
+            said += await process.stdout.receive_some()
+        address = next(word for word in said.decode().split() if word.endswith("/metrics"))
+        transport = await trio.open_tcp_stream("127.0.0.1", int(address.split(":")[2].split("/")[0]))
+        await transport.send_all(b"GET /livez HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        assert (await transport.receive_some()).startswith(b"HTTP/1.1 200")
+        process.send_signal(signal.SIGINT)
+        assert await process.wait() == 0
+        assert await process.stderr.receive_some() == b""
+
+
+async def test_send_and_status(tmp_path: Path) -> None:
+    """`send` ends well only for what is on disk, and says which lines were refused; `status` shows it."""
+    sink = Sink()
+    async with serving(sink) as url:
+        config = configure(tmp_path, url)
+        async with running(config):
+            one = run("send", "hello world", "-p", "n=5", "-p", "who=me", "--config", str(config))
+            assert (one.returncode, one.stdout, one.stderr) == (0, "", "")
+            many = run(
+                "send",
+                "--stdin",
+                "--config",
+                str(config),
+                text=f"{line(1).decode()}\n{{}}\n{line(2).decode()}",
+            )
+            assert many.returncode == 1
+            assert many.stderr.splitlines() == [
+                "line 2 refused: missing_event",
+                "1 of 3 lines were refused",
+            ]
+            await sink.wait_for(3)
+            screen = run("status", "--config", str(config))
+            assert screen.returncode == 0
+            assert "unix_stream" in screen.stdout
+            assert "missing_event" in screen.stdout
+            document = json.loads(run("status", "--json", "--config", str(config)).stdout)
+            assert document["books"]["accepted"] == 3
+        [hello] = [event for event in sink.events if event.event == "hello world"]
+        assert hello.distinct_id == socket.gethostname()
+        assert (hello.properties["n"], hello.properties["who"]) == (5, "me")
+
+
+async def test_sink_can_be_used_and_told_to_misbehave() -> None:
+    """It prints what it takes as NDJSON, and answers as told."""
+    process = await trio.lowlevel.open_process(
+        [*COMMAND, "sink", "--listen", "127.0.0.1:0", "--json", "--latency", "1ms"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=ENVIRONMENT,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    with trio.fail_after(30):
+        said = (await process.stderr.receive_some()).decode()
+        port = int(said.split("http://127.0.0.1:")[1].split()[0])
+        body = b'{"api_key":"phc_a","batch":[{"event":"e","distinct_id":"d","properties":{"n":1}}]}'
+        stream = await trio.open_tcp_stream("127.0.0.1", port)
+        head = f"POST /batch/ HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        await stream.send_all(head + body)
+        assert (await stream.receive_some()).startswith(b"HTTP/1.1 200")
+        [event] = parsed((await process.stdout.receive_some()).decode())
+        assert (event["event"], event["properties"]) == ("e", {"n": 1})
+        process.send_signal(signal.SIGTERM)
+        assert await process.wait() == 0
+
+
+def _blocks(language: str) -> list[str]:
+    return [part.split("```")[0] for part in README.split(f"```{language}\n")[1:]]
+
+
+async def test_the_readmes_one_liners_work(tmp_path: Path) -> None:
+    """Netcat, Python and PHP as the README writes them, with only the places changed."""
+    sink = Sink()
+    async with serving(sink) as url:
+        config = configure(tmp_path, url)
+        async with running(config) as agent:
+            udp = (await agent.status())["sources"][2]["address"].split(":")[1]
+
+            def here(text: str) -> str:
+                text = text.replace("/run/capture-agent", str(tmp_path)).replace(
+                    "127.0.0.1 8125", f"127.0.0.1 {udp}"
+                )
+                return text.replace("capture-agent send", f"{sys.executable} -m agent send --config {config}")
+
+            expected = 0
+            [shell] = [block for block in _blocks("sh") if "nc -N -U" in block]
+            for command in here(shell).splitlines():
+                if " nc " in command and shutil.which("nc") is None:
+                    continue
+                subprocess.run(command, shell=True, check=True, timeout=30, env=ENVIRONMENT)
+                expected += 1
+            [python] = _blocks("python")
+            subprocess.run([sys.executable, "-c", here(python)], check=True, timeout=30)
+            expected += 1
+            if shutil.which("php") is not None:
+                [php] = _blocks("php")
+                subprocess.run(["php", "-r", here(php)], check=True, timeout=30)
+                expected += 1
+            with trio.fail_after(30):
+                await sink.wait_for(expected)
+            assert {event.event for event in sink.events} == {"backup done", "signup"}
