@@ -1,0 +1,146 @@
+/* Sends events to a local socket as fast as it takes them, or at a rate; never the bottleneck.
+ *
+ *   loader unix_stream|unix_stream_ack|unix_datagram|udp ADDRESS COUNT [EVENTS_PER_SECOND]
+ *
+ * ADDRESS is a path or, for udp, a port of 127.0.0.1. Prints how many were sent and in how many seconds.
+ */
+#define _GNU_SOURCE
+#include <arpa/inet.h>
+#include <poll.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <time.h>
+#include <unistd.h>
+
+#define MANY 64             /* datagrams in one system call */
+#define LARGEST 1024        /* bytes of one event, with room to spare */
+#define WRITE (256 * 1024)  /* bytes of one write to a stream */
+
+static const char *NAMES[] = {"$pageview", "signup", "checkout started", "item added", "search"};
+static const char *PLANS[] = {"free", "pro", "scale", "enterprise"};
+static const char *AGENTS[] = {"Mozilla/5.0 (X11; Linux x86_64)", "Mozilla/5.0 (Macintosh; Intel Mac OS X 10_15_7)",
+                               "Mozilla/5.0 (iPhone; CPU iPhone OS 17_5 like Mac OS X)"};
+
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec + t.tv_nsec / 1e9;
+}
+
+/* About 340 bytes, no two alike. */
+static int event(char *to, long n) {
+    unsigned r = (unsigned)n * 2654435761u;
+    return sprintf(to,
+                   "{\"event\":\"%s\",\"distinct_id\":\"user-%u\",\"properties\":{\"n\":%ld,\"plan\":\"%s\","
+                   "\"$current_url\":\"https://shop.example.com/products/%u?ref=%x\",\"amount\":%u.%02u,"
+                   "\"$session_id\":\"%08x-%04x-7%03x-8%03x-%08x%04x\",\"user_agent\":\"%s\",\"screen_width\":%u,"
+                   "\"logged_in\":%s,\"country\":\"DE\"}}\n",
+                   NAMES[r % 5], r % 100000, n, PLANS[(r >> 8) % 4], (r >> 4) % 5000, r >> 12, r % 500, r % 100, r,
+                   (r >> 3) & 0xffff, (r >> 5) & 0xfff, (r >> 7) & 0xfff, r * 31u, (r >> 9) & 0xffff, AGENTS[r % 3],
+                   800 + r % 1200, r & 1 ? "true" : "false");
+}
+
+static void fail(const char *what) {
+    perror(what);
+    exit(1);
+}
+
+static int connected(const char *kind, const char *address) {
+    int stream = strncmp(kind, "unix_stream", 11) == 0, udp = strcmp(kind, "udp") == 0;
+    int fd = socket(udp ? AF_INET : AF_UNIX, stream ? SOCK_STREAM : SOCK_DGRAM, 0);
+    if (udp) {
+        struct sockaddr_in to = {.sin_family = AF_INET, .sin_port = htons(atoi(address))};
+        to.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+        if (connect(fd, (struct sockaddr *)&to, sizeof to)) fail(address);
+    } else {
+        struct sockaddr_un to = {.sun_family = AF_UNIX};
+        strncpy(to.sun_path, address, sizeof to.sun_path - 1);
+        if (connect(fd, (struct sockaddr *)&to, sizeof to)) fail(address);
+    }
+    return fd;
+}
+
+static void write_all(int fd, const char *from, size_t size) {
+    while (size) {
+        ssize_t sent = send(fd, from, size, MSG_NOSIGNAL);
+        if (sent < 0) fail("send");
+        from += sent;
+        size -= sent;
+    }
+}
+
+/* Sleep until so many events are due. */
+static void keep_pace(double began, long sent, double rate) {
+    double wait = began + sent / rate - now();
+    if (wait > 0) {
+        struct timespec t = {(time_t)wait, (long)((wait - (time_t)wait) * 1e9)};
+        nanosleep(&t, NULL);
+    }
+}
+
+static void stream(int fd, long count, double rate, int ask) {
+    static char out[WRITE + LARGEST];
+    static char in[65536];
+    long accepted = 0;
+    double began = now();
+    if (ask) write_all(fd, "{\"ack\":true}\n", 13);
+    for (long n = 0; n < count;) {
+        size_t size = 0;
+        long due = rate ? n + (long)(rate / 200) + 1 : count;
+        while (n < count && n < due && size < WRITE) size += event(out + size, n++);
+        write_all(fd, out, size);
+        if (rate) keep_pace(began, n, rate);
+    }
+    shutdown(fd, SHUT_WR);
+    while (ask && accepted < count) {
+        ssize_t got = recv(fd, in, sizeof in - 1, 0);
+        if (got <= 0) break;
+        in[got] = 0;
+        for (char *at = in; (at = strstr(at, "\"accepted\":")); at++) accepted = atol(at + 11);
+    }
+    if (ask) fprintf(stderr, "acknowledged %ld\n", accepted);
+}
+
+static void datagrams(int fd, long count, double rate) {
+    static char out[MANY][LARGEST];
+    struct mmsghdr messages[MANY];
+    struct iovec parts[MANY];
+    double began = now();
+    for (long n = 0; n < count;) {
+        long some = rate ? (long)(rate / 1000) + 1 : MANY;
+        if (some > MANY) some = MANY;
+        if (some > count - n) some = count - n;
+        memset(messages, 0, sizeof messages);
+        for (long i = 0; i < some; i++) {
+            parts[i] = (struct iovec){out[i], event(out[i], n + i)};
+            messages[i].msg_hdr.msg_iov = &parts[i];
+            messages[i].msg_hdr.msg_iovlen = 1;
+        }
+        for (long done = 0; done < some;) {
+            int sent = sendmmsg(fd, messages + done, some - done, 0);
+            if (sent < 0) fail("sendmmsg");
+            done += sent;
+        }
+        n += some;
+        if (rate) keep_pace(began, n, rate);
+    }
+}
+
+int main(int argc, char **argv) {
+    if (argc < 4) {
+        fprintf(stderr, "usage: loader KIND ADDRESS COUNT [EVENTS_PER_SECOND]\n");
+        return 2;
+    }
+    int fd = connected(argv[1], argv[2]);
+    long count = atol(argv[3]);
+    double rate = argc > 4 ? atof(argv[4]) : 0, began = now();
+    if (strncmp(argv[1], "unix_stream", 11) == 0)
+        stream(fd, count, rate, strcmp(argv[1], "unix_stream_ack") == 0);
+    else
+        datagrams(fd, count, rate);
+    printf("%ld %.3f\n", count, now() - began);
+    return 0;
+}
