@@ -9,9 +9,10 @@ than the decoding, so delivery finds it.
 
 import re
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import accumulate
+from typing import NamedTuple, TypeVar
 
 import msgspec
 from msgspec import UNSET, Raw
@@ -32,6 +33,14 @@ from agent.pack import crc32, deflate
 
 # Brackets that a chunk may have beside two an event before its lines are looked at for nesting one by one.
 SPARE_BRACKETS = 120
+
+T = TypeVar("T")
+
+# Stands for an event's properties while its other fields are written: no JSON on one line holds a newline.
+MARK = Raw(b"\n")
+
+# How the names of PostHog's own properties begin, as keys in JSON.
+RESERVED = b'"$'
 
 _rows = msgspec.json.Decoder(list[tuple[Envelope]]).decode
 _encode = msgspec.json.Encoder().encode
@@ -73,10 +82,15 @@ class Door:
         self._defaults = {name: Raw(_encode(value)) for name, value in rules.properties.items()}
         packed = _encode(self._defaults)
         self._prefix = packed[:-1] + b"," if self._defaults else b"{"
-        self._bare = Raw(packed)
         keys = [_encode(name) for name in (*rules.properties, *FOLDED, *OPTIONS)]
-        self._watched = re.compile(b"|".join(re.escape(key) for key in keys) + rb"|\\u")
-        self._plain_keys = [key for key in keys if b"$" not in key]
+        # Two patterns that begin with literal bytes, for which the regex engine looks ahead quickly: all keys
+        # in one pattern cost 3 µs an event, these 0.2.
+        reserved = [key.removeprefix(RESERVED) for key in keys if key.startswith(RESERVED)]
+        self._reserved = re.compile(re.escape(RESERVED) + b"(?:" + b"|".join(map(re.escape, reserved)) + b")")
+        self._plain = [key for key in keys if not key.startswith(RESERVED)]
+        self._plain += [key.replace(b"/", rb"\/") for key in self._plain if b"/" in key]
+        # An ASCII key can hide behind escapes of ASCII characters only.
+        self._escaped = re.compile(rb"\\u00[0-7]" if all(map(bytes.isascii, keys)) else rb"\\u")
 
     def vouch(self, reads: Sequence[Read], random: int) -> Decoded:
         """Chunks of all that is good in the reads, and a reject for each line that is not.
@@ -85,7 +99,7 @@ class Door:
         """
         flaws = Flaws()
         opened, lines = _open(reads)
-        envelopes = self._decode(opened, sum(lines), max((len(read.lines) for read in reads), default=0))
+        envelopes = self._decode(opened, sum(lines)) if self._fit(reads) else None
         places: Sequence[tuple[int, int]] | None = None
         rejects: list[Reject] = []
         if envelopes is None:
@@ -95,27 +109,35 @@ class Door:
             first = list(accumulate(lines, initial=0))
             stamps = [stamps[first[read] + line] for read, line in places]
         uuids = _uuids(reads[0].at.wall if reads else 0, random, len(envelopes))
-        odd = self._complete(envelopes, stamps, uuids, self._concerned(opened), flaws)
+        texts = Texts(envelopes, [self._prefix] * len(envelopes), [], uuids, stamps)
+        odd = self._complete(texts, self._concerned(opened), flaws)
         if odd:
             where = places or _places(lines, odd)
             for at, reason in odd.items():
                 rejects.append(Reject(*where[at], reason, sample(_encode(envelopes[at]))))
-            envelopes = [envelope for at, envelope in enumerate(envelopes) if at not in odd]
+            texts = texts.without(odd)
         for number, read in enumerate(reads):
             if read.cut is not None:
                 rejects.append(Reject(number, lines[number], *read.cut))
                 lines[number] += 1
         rejects.sort(key=_by_place)
         return Decoded(
-            chunks=self._chunks(envelopes, reads[0].at) if envelopes else (),
+            chunks=self._chunks(texts, reads[0].at) if texts.envelopes else (),
             rejects=rejects,
             lines=lines,
             tally=self._tally(sum(lines), rejects, flaws),
         )
 
-    def _decode(self, opened: bytes, count: int, longest: int) -> list[Envelope] | None:
+    def _fit(self, reads: Sequence[Read]) -> bool:
+        """Whether no line is too long; most reads are shorter than one line may be."""
+        longest = self.rules.max_event
+        return all(
+            len(read.lines) <= longest or max(map(len, read.lines.split(b"\n"))) <= longest for read in reads
+        )
+
+    def _decode(self, opened: bytes, count: int) -> list[Envelope] | None:
         """All events of `count` opened lines at once; None where one of them needs a closer look."""
-        if longest > self.rules.max_event or not _is_utf8(opened):
+        if not _is_utf8(opened):
             return None
         # Of every line's brackets, `_open` wrote one, and an event with its properties has two.
         spare = _count(opened, b"{") + _count(opened, b"[") - 3 * count
@@ -151,27 +173,23 @@ class Door:
 
     def _concerned(self, blob: bytes) -> bool:
         """Whether a line may hold a key at which the door must look, however it is escaped."""
-        if b"$" in blob or (b"\\" in blob and b"\\u" in blob):
-            return self._watched.search(blob) is not None
-        return any(key in blob for key in self._plain_keys)
+        if b"$" in blob and self._reserved.search(blob) is not None:
+            return True
+        if b"\\" in blob and self._escaped.search(blob) is not None:
+            return True
+        return any(key in blob for key in self._plain)
 
-    def _complete(
-        self,
-        envelopes: list[Envelope],
-        stamps: list[bytes],
-        uuids: list[bytes],
-        concerned: bool,
-        flaws: Flaws,
-    ) -> dict[int, Reason]:
+    def _complete(self, texts: "Texts", concerned: bool, flaws: Flaws) -> dict[int, Reason]:
         """Complete every event in place; those that break a rule, by their place. The hot loop.
 
-        A plain event's uuid and timestamp are laid behind its sealed properties, which are written as they
-        are: so they cost no further field.
+        A plain event's properties stay the bytes that they are: the source's own are laid before them, its
+        uuid and timestamp behind. Any other is completed field by field.
         """
-        raw, prefix, default = Raw, self._prefix, self.rules.distinct_id or None
-        watched = self._watched.search if concerned else None
+        default, mark = self.rules.distinct_id or None, MARK
+        watched = self._concerned if concerned else None
         odd: dict[int, Reason] = {}
-        for at, (envelope, stamp, uuid) in enumerate(zip(envelopes, stamps, uuids, strict=True)):
+        keep = texts.properties.append
+        for at, envelope in enumerate(texts.envelopes):
             properties = bytes(envelope.properties)
             who = envelope.distinct_id
             if who is None:
@@ -184,31 +202,37 @@ class Door:
                 and envelope.timestamp is None
                 and (watched is None or not (watched(properties) or _has_roots(envelope)))
             ):
-                envelope.properties = raw(prefix + properties[1:] + uuid + stamp)
-            elif reason := complete(
-                envelope, self._defaults, self.rules.distinct_id, _stamp(uuid, stamp), flaws
-            ):
-                odd[at] = reason
+                keep(properties[1:])
+            else:
+                stamp = _stamp(texts.uuids[at], texts.stamps[at])
+                if reason := complete(envelope, self._defaults, self.rules.distinct_id, stamp, flaws):
+                    odd[at] = reason
+                    keep(b"")
+                    continue
+                keep(bytes(envelope.properties))
+                texts.prefixes[at] = texts.uuids[at] = texts.stamps[at] = b""
+            envelope.properties = mark
         return odd
 
-    def _chunks(self, envelopes: list[Envelope], at: Instant) -> list[Chunk]:
+    def _chunks(self, texts: "Texts", at: Instant) -> list[Chunk]:
         """The events as chunks, none beyond the project's limits or a chunk's own."""
+        count = len(texts.envelopes)
         most = min(self.rules.max_batch_events, CHUNK_EVENTS)
-        parts = -(-len(envelopes) // most)
-        size = -(-len(envelopes) // parts)
-        chunks: list[Chunk] = []
-        todo = [envelopes[start : start + size] for start in range(0, len(envelopes), size)][::-1]
+        size = -(-count // -(-count // most))
         largest = min(self.rules.max_batch_size, CHUNK_BYTES)
+        todo = [(start, min(start + size, count)) for start in range(0, count, size)][::-1]
+        chunks: list[Chunk] = []
         while todo:
-            part = todo.pop()
-            data = _encode(part)[1:-1]
-            if len(data) > largest and len(part) > 1:
-                todo += (part[len(part) // 2 :], part[: len(part) // 2])
+            first, end = todo.pop()
+            data = texts.joined(first, end)
+            if len(data) > largest and end - first > 1:
+                middle = (first + end) // 2
+                todo += ((middle, end), (first, middle))
                 continue
             chunks.append(
                 Chunk(
                     project=self.rules.project,
-                    events=len(part),
+                    events=end - first,
                     size=len(data),
                     crc=crc32(data),
                     received_at=at.wall,
@@ -230,6 +254,38 @@ class Door:
             truncated=flaws.truncated,
             restamped=flaws.restamped,
         )
+
+
+class Texts(NamedTuple):
+    """Events on their way to text: columns, so that no bytes are laid together but once, for the chunk.
+
+    An event is its envelope with `MARK` for its properties; in place of that go a prefix, the properties, and
+    what is laid behind them.
+    """
+
+    envelopes: list[Envelope]
+    prefixes: list[bytes]
+    properties: list[bytes]
+    uuids: list[bytes]
+    stamps: list[bytes]
+
+    def without(self, odd: Container[int]) -> "Texts":
+        """All but some."""
+
+        def kept(column: list[T]) -> list[T]:
+            return [value for at, value in enumerate(column) if at not in odd]
+
+        return Texts(kept(self.envelopes), *map(kept, self[1:]))
+
+    def joined(self, first: int, end: int) -> bytes:
+        """The events from `first` to before `end`, with commas between them."""
+        heads = _encode(self.envelopes[first:end])[1:-1].split(b"\n")
+        parts = [b""] * (5 * (end - first))
+        last = heads.pop()
+        for place, column in enumerate((heads, *(column[first:end] for column in self[1:]))):
+            parts[place::5] = column
+        parts.append(last)
+        return b"".join(parts)
 
 
 def _open(reads: Sequence[Read]) -> tuple[bytes, list[int]]:
