@@ -1,0 +1,47 @@
+"""Framing: lines are the same however the network cuts them."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.decode.ndjson import LineReader
+
+
+def read(pieces: list[bytes], longest: int = 20) -> tuple[bytes, int, bytes]:
+    """Whole lines, how many were refused, and what is left at the end."""
+    reader = LineReader(longest)
+    lines, refused = b"", 0
+    for piece in pieces:
+        lines += reader.feed(piece)
+        refused += reader.take_refused() is not None
+    return lines, refused, reader.finish()
+
+
+@given(st.lists(st.binary(max_size=15).map(lambda line: line.replace(b"\n", b"")), max_size=8), st.data())
+def test_cuts_do_not_matter(lines: list[bytes], data: st.DataObject) -> None:
+    """Any way of cutting the bytes gives the same lines."""
+    blob = b"\n".join(lines)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(blob)), max_size=6)))
+    pieces = [blob[start:end] for start, end in zip([0, *cuts], [*cuts, len(blob)], strict=True)]
+    whole, _, last = blob.rpartition(b"\n")
+    assert read(pieces) == (whole + b"\n" if b"\n" in blob else b"", 0, last)
+
+
+@given(st.integers(1, 50))
+def test_a_long_line_is_refused_once(size: int) -> None:
+    """It is dropped up to its newline, however it comes; its neighbours stay."""
+    blob = b"before\n" + b"x" * 100 + b"\nafter\n"
+    pieces = [blob[start : start + size] for start in range(0, len(blob), size)]
+    lines, refused, last = read(pieces)
+    kept = [line for line in lines.split(b"\n") if len(line) <= 20]
+    assert kept == [b"before", b"after", b""]
+    assert refused + (len(lines.split(b"\n")) - len(kept)) == 1
+    assert last == b""
+
+
+def test_what_is_held_is_bounded() -> None:
+    """Megabytes without a newline leave nothing behind."""
+    reader = LineReader(1000)
+    for _ in range(1000):
+        reader.feed(b"x" * 5000)
+        assert reader.pending <= 1001
+    assert reader.finish() == b""
