@@ -9,10 +9,8 @@ than the decoding, so delivery finds it.
 
 import re
 from bisect import bisect_right
-from collections.abc import Container, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from typing import NamedTuple, TypeVar
 
 import msgspec
 from msgspec import UNSET, Raw
@@ -23,34 +21,22 @@ from agent.envelope import (
     OPTIONS,
     Envelope,
     Flaws,
-    Stamp,
     complete,
     examine,
     too_deep,
 )
 from agent.events import CHUNK_BYTES, CHUNK_EVENTS, Chunk, Instant, Read, Reason, Reject, Tally, sample
 from agent.pack import crc32, deflate
+from agent.texts import MARK, Texts, stamp_of, stamps_of, uuids_of
 
 # Brackets that a chunk may have beside two an event before its lines are looked at for nesting one by one.
 SPARE_BRACKETS = 120
-
-T = TypeVar("T")
-
-# Stands for an event's properties while its other fields are written: no JSON on one line holds a newline.
-MARK = Raw(b"\n")
 
 # How the names of PostHog's own properties begin, as keys in JSON.
 RESERVED = b'"$'
 
 _rows = msgspec.json.Decoder(list[tuple[Envelope]]).decode
 _encode = msgspec.json.Encoder().encode
-
-# UUIDv7 (RFC 9562): rand_a's 12 bits count the events of a chunk, so that they sort as they came.
-_COUNTERS = tuple(b"7%03x-" % count for count in range(CHUNK_EVENTS))
-_VARIANT = 0x8000_0000_0000_0000
-RANDOM_BITS = 62  # rand_b, one for each chunk
-_MICROSECONDS = tuple(b'%03dZ"' % count for count in range(1000))
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class Rules(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,11 +90,11 @@ class Door:
         rejects: list[Reject] = []
         if envelopes is None:
             lines, places, envelopes, rejects = self._decode_singly(reads, flaws)
-        stamps = _stamps(reads, lines)
+        stamps = stamps_of(reads, lines)
         if places is not None:
             first = list(accumulate(lines, initial=0))
             stamps = [stamps[first[read] + line] for read, line in places]
-        uuids = _uuids(reads[0].at.wall if reads else 0, random, len(envelopes))
+        uuids = uuids_of(reads[0].at.wall if reads else 0, random, len(envelopes))
         texts = Texts(envelopes, [self._prefix] * len(envelopes), [], uuids, stamps)
         odd = self._complete(texts, self._concerned(opened), flaws)
         if odd:
@@ -179,7 +165,7 @@ class Door:
             return True
         return any(key in blob for key in self._plain)
 
-    def _complete(self, texts: "Texts", concerned: bool, flaws: Flaws) -> dict[int, Reason]:
+    def _complete(self, texts: Texts, concerned: bool, flaws: Flaws) -> dict[int, Reason]:
         """Complete every event in place; those that break a rule, by their place. The hot loop.
 
         A plain event's properties stay the bytes that they are: the source's own are laid before them, its
@@ -204,7 +190,7 @@ class Door:
             ):
                 keep(properties[1:])
             else:
-                stamp = _stamp(texts.uuids[at], texts.stamps[at])
+                stamp = stamp_of(texts.uuids[at], texts.stamps[at])
                 if reason := complete(envelope, self._defaults, self.rules.distinct_id, stamp, flaws):
                     odd[at] = reason
                     keep(b"")
@@ -214,7 +200,7 @@ class Door:
             envelope.properties = mark
         return odd
 
-    def _chunks(self, texts: "Texts", at: Instant) -> list[Chunk]:
+    def _chunks(self, texts: Texts, at: Instant) -> list[Chunk]:
         """The events as chunks, none beyond the project's limits or a chunk's own."""
         count = len(texts.envelopes)
         most = min(self.rules.max_batch_events, CHUNK_EVENTS)
@@ -254,38 +240,6 @@ class Door:
             truncated=flaws.truncated,
             restamped=flaws.restamped,
         )
-
-
-class Texts(NamedTuple):
-    """Events on their way to text: columns, so that no bytes are laid together but once, for the chunk.
-
-    An event is its envelope with `MARK` for its properties; in place of that go a prefix, the properties, and
-    what is laid behind them.
-    """
-
-    envelopes: list[Envelope]
-    prefixes: list[bytes]
-    properties: list[bytes]
-    uuids: list[bytes]
-    stamps: list[bytes]
-
-    def without(self, odd: Container[int]) -> "Texts":
-        """All but some."""
-
-        def kept(column: list[T]) -> list[T]:
-            return [value for at, value in enumerate(column) if at not in odd]
-
-        return Texts(kept(self.envelopes), *map(kept, self[1:]))
-
-    def joined(self, first: int, end: int) -> bytes:
-        """The events from `first` to before `end`, with commas between them."""
-        heads = _encode(self.envelopes[first:end])[1:-1].split(b"\n")
-        parts = [b""] * (5 * (end - first))
-        last = heads.pop()
-        for place, column in enumerate((heads, *(column[first:end] for column in self[1:]))):
-            parts[place::5] = column
-        parts.append(last)
-        return b"".join(parts)
 
 
 def _open(reads: Sequence[Read]) -> tuple[bytes, list[int]]:
@@ -333,36 +287,3 @@ def _places(lines: Sequence[int], at: Mapping[int, Reason]) -> dict[int, tuple[i
         read = bisect_right(ends, place)
         found[place] = (read, place - (ends[read] - lines[read]))
     return found
-
-
-def _stamps(reads: Sequence[Read], lines: Sequence[int]) -> list[bytes]:
-    """For each line the text of its timestamp, a microsecond apart: they sort as they came."""
-    stamps: list[bytes] = []
-    for read, count in zip(reads, lines, strict=True):
-        wall, end = read.at.wall, read.at.wall + count
-        while wall < end:
-            milliseconds, first = divmod(wall, 1000)
-            moment = _EPOCH + timedelta(milliseconds=milliseconds)
-            head = b'","timestamp":"%b' % moment.isoformat(timespec="milliseconds")[:-6].encode()
-            some = _MICROSECONDS[first : first + end - wall]
-            stamps += [head + microsecond for microsecond in some]
-            wall += len(some)
-    return stamps
-
-
-def _uuids(wall: int, random: int, count: int) -> list[bytes]:
-    """For each event the text of a UUIDv7: the time, a counter, and bits that no other chunk has."""
-    milliseconds = b"%012x" % (wall // 1000 & 0xFFFF_FFFF_FFFF)
-    head = b',"uuid":"%b-%b-' % (milliseconds[:8], milliseconds[8:])
-    uuids: list[bytes] = []
-    while len(uuids) < count:
-        last = b"%016x" % (_VARIANT | random & (1 << RANDOM_BITS) - 1)
-        tail = b"%b-%b" % (last[:4], last[4:])
-        uuids += [head + counter + tail for counter in _COUNTERS[: count - len(uuids)]]
-        random += 1
-    return uuids
-
-
-def _stamp(uuid: bytes, stamp: bytes) -> Stamp:
-    """Both as text, for an event that is completed field by field."""
-    return Stamp(uuid.split(b'"')[3].decode(), stamp.split(b'"')[4].decode())

@@ -24,6 +24,7 @@ ROOMS = {
     "agent.buffer": "ground",
     "agent.buffer.": "buffer",
     "agent.decode": "door",
+    "agent.texts": "door",
     "agent.vouch": "door",
     "agent.envelope": "door",
     "agent.accept": "accept",

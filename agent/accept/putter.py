@@ -13,7 +13,8 @@ import trio
 
 from agent.buffer import Buffer
 from agent.events import CHUNK_BYTES, Instant, Read, Reject, Tally
-from agent.vouch import RANDOM_BITS, Decoded, Door
+from agent.texts import RANDOM_BITS
+from agent.vouch import Decoded, Door
 
 # Between reader and putter: 8 chunks (the handbook's joint). Beyond it nobody reads.
 QUEUE_BYTES = 8 * CHUNK_BYTES

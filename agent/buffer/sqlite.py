@@ -60,6 +60,7 @@ class _Group:
         self.deposits = deposits
         self.releases = releases
         self.takings = takings
+        self.full = False  # puts were left out, as nothing has made room since the last try
         self.settled = False
         self.error = ""
         self.seconds = 0.0
@@ -94,6 +95,8 @@ class SqliteBuffer:
             asked.abandoned = True
             if asked in self._deposits:
                 self._deposits.remove(asked)
+                self._full = False  # what waited behind it may be smaller
+                self._bell.set()
             raise
         return asked.what.taken or 0
 
@@ -191,7 +194,7 @@ class SqliteBuffer:
             self._settlements = group.settlements + self._settlements
         _ring(asked for asked in group.deposits if asked.what.taken is not None)
         waiting = [asked for asked in group.deposits if asked.what.taken is None and not asked.abandoned]
-        self._full = any(asked.what.chunks for asked in waiting)
+        self._full = any(asked.what.chunks for asked in waiting) or (group.full and bool(self._deposits))
         self._deposits = waiting + self._deposits
         _ring(group.releases)
         for asked in group.takings:
@@ -205,7 +208,7 @@ class SqliteBuffer:
         self._settlements, self._releases, self._takings = [], [], []
         size = 0
         later = []
-        full = self._full and not group.settlements
+        group.full = full = self._full and not group.settlements
         for asked in self._deposits:
             if asked.what.chunks and (full or (group.deposits and size > self._store.room.group)):
                 later.append(asked)
