@@ -282,7 +282,10 @@ class SqliteBuffer:
         self.close_door()
         if self._deposits or self._settlements or self._releases:
             await self.serve_group(now=time.time_ns() // 1000)
-        await self._in_thread(partial(self._store.close))
+        try:
+            await self._in_thread(partial(self._store.close))
+        except sqlite3.Error as error:
+            log.warning("closed without a checkpoint; the next start makes it", error=str(error))
 
 
 def _ring(asked: "Iterable[_Asked[T]]") -> None:

@@ -1,5 +1,6 @@
 """The buffer's rows: each call is one transaction on the file, made in a worker thread, never two at once."""
 
+import sqlite3
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -76,7 +77,11 @@ class Store:
         self._look_around()
 
     def close(self) -> None:
-        """Checkpoint, close, and give the file up."""
+        """Checkpoint, close, and give the file up.
+
+        Raises sqlite3.Error when the checkpoint fails; it is closed all the same, and the log beside it holds
+        what the next start reads.
+        """
         try:
             self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         finally:
@@ -302,6 +307,10 @@ class Store:
             change.dead_bytes -= size
 
     def give_back_pages(self, most: int) -> None:
-        """Return up to `most` free pages to the filesystem."""
-        self._connection.execute(f"PRAGMA incremental_vacuum({most})").fetchall()
+        """Return up to `most` free pages to the filesystem, unless it has no room for the change itself."""
+        try:
+            self._connection.execute(f"PRAGMA incremental_vacuum({most})").fetchall()
+        except sqlite3.Error:
+            self.free_pages = 0  # none to give back until the next commit has looked
+            return
         self._look_around()

@@ -1,0 +1,226 @@
+"""The buffer's file: owned by one, bounded, refused where it is not ours, safe from kills and full disks."""
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from processes import ENVIRONMENT
+from test_buffer_contract import ALL, FULL, LARGE, assert_balanced, chunk, put, take, total
+
+from agent import AgentError, config
+from agent.buffer import Buffer, BufferBroken, BufferBusy
+from agent.buffer.sqlite import open_sqlite
+from agent.metrics import Metrics
+
+
+@asynccontextmanager
+async def opened(path: Path, **settings: Any) -> AsyncIterator[Buffer]:
+    async with open_sqlite(config.Buffer(path=str(path), **settings), Metrics()) as buffer:
+        with trio.fail_after(60):
+            yield buffer
+
+
+async def broken(path: Path) -> AgentError:
+    """The `AgentError` that opening it raises."""
+    with pytest.raises(AgentError) as caught:
+        async with opened(path):
+            pass
+    return caught.value
+
+
+async def test_what_was_put_is_there_after_a_reopening(tmp_path: Path) -> None:
+    """Chunks, leases that died, dead letters and books: all of it is found again."""
+    path = tmp_path / "b.db"
+    async with opened(path) as buffer:
+        chunks = [chunk(number) for number in range(3)]
+        await put(buffer, *chunks)
+        await take(buffer)
+        books = buffer.books()
+    async with opened(path) as buffer:
+        assert buffer.books() == books
+        assert list((await take(buffer)).chunks) == chunks
+        assert_balanced(buffer)
+
+
+async def test_one_owner(tmp_path: Path) -> None:
+    """A second opener is told who has it, and may try again later; the lock dies with its owner."""
+    path = tmp_path / "b.db"
+    async with opened(path):
+        error = await broken(path)
+        assert isinstance(error, BufferBusy)
+        assert error.exit_code == 75
+        assert f"process {os.getpid()}" in str(error)
+    async with opened(path):
+        pass
+
+
+async def test_what_is_not_ours_is_refused(tmp_path: Path) -> None:
+    """A newer agent's file, another program's, and no database at all: each unharmed, each with a hint."""
+    newer, other, text = tmp_path / "newer", tmp_path / "other", tmp_path / "text"
+    async with opened(newer):
+        pass
+    with sqlite3.connect(newer) as database:
+        database.execute("PRAGMA user_version = 99")
+    database.close()
+    with sqlite3.connect(other) as database:
+        database.execute("CREATE TABLE theirs (x)")
+    database.close()
+    text.write_text("this is text, and long enough to be looked at as the header of a database" * 3)
+    for path, said in (
+        (newer, "newer capture-agent"),
+        (other, "another program's"),
+        (text, "not a database"),
+        (tmp_path / "no" / "b.db", "does not exist"),
+    ):
+        before = path.read_bytes() if path.exists() else None
+        error = await broken(path)
+        assert isinstance(error, BufferBroken)
+        assert said in str(error)
+        assert error.hint
+        assert (path.read_bytes() if path.exists() else None) == before
+
+
+@pytest.mark.parametrize("when_full", ["block", "drop_oldest", "drop_newest"])
+async def test_files_keep_their_bound(tmp_path: Path, when_full: str) -> None:
+    """Under a flood, all files together never exceed `max_size`, and settling always finds room."""
+    path = tmp_path / "b.db"
+    async with opened(path, max_size=FULL, when_full=when_full) as buffer:
+        for number in range(150):
+            with trio.move_on_after(0.2) as patience:
+                await put(buffer, chunk(number, size=LARGE // 2))
+            if patience.cancelled_caught:
+                break
+            assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= FULL
+        while (lease := await buffer.take(ALL, "default")) is not None:
+            await buffer.settle(lease)
+            assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= FULL
+        assert_balanced(buffer)
+        assert buffer.stats().events == 0
+
+
+CHILD = """
+import sys, trio
+from agent import config
+from agent.buffer.sqlite import open_sqlite
+from agent.metrics import Metrics
+from test_buffer_contract import chunk, put
+
+async def main():
+    async with open_sqlite(config.Buffer(path=sys.argv[1]), Metrics()) as buffer:
+        async def one(lane):
+            for number in range(10**9):
+                await put(buffer, chunk(lane * 10**6 + number, size=3000))
+                print(lane * 10**6 + number, flush=True)
+        async with trio.open_nursery() as nursery:
+            for lane in range(4):
+                nursery.start_soon(one, lane)
+
+trio.run(main)
+"""
+
+
+@pytest.mark.parametrize("patience", [50, 400])
+async def test_kill_9_loses_nothing_that_was_promised(tmp_path: Path, patience: int) -> None:
+    """Whatever `put` has returned for is in the file after the process was killed."""
+    path = tmp_path / "b.db"
+    root = Path(__file__).parents[1]
+    env = {**ENVIRONMENT, "PYTHONPATH": f"{root}:{root / 'tests'}"}
+    command = [sys.executable, "-c", CHILD, str(path)]
+    promised: set[int] = set()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=env, text=True) as child:
+        assert child.stdout is not None
+        for line in child.stdout:
+            promised.add(int(line))
+            if len(promised) == patience:
+                child.send_signal(signal.SIGKILL)
+        # What it said before it died is promised as well.
+    async with opened(path) as buffer:
+        found: set[int] = set()
+        while (lease := await buffer.take(ALL, "default")) is not None:
+            found |= {one.crc for one in lease.chunks}
+        assert promised <= found
+        assert_balanced(buffer)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real filesystem of 24 MiB; only root may mount one."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(place)], check=False, capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("no filesystem may be mounted here")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+async def test_a_full_disk_makes_senders_wait(small_disk: Path) -> None:
+    """Nothing is acknowledged that is not on disk; when there is room again it goes on by itself."""
+    ballast = small_disk / "ballast"
+    async with opened(small_disk / "b.db", max_size=64 * 2**20) as buffer:
+        await put(buffer, chunk(0, size=LARGE))
+        free = os.statvfs(small_disk)
+        ballast.write_bytes(bytes(max(0, free.f_bavail * free.f_frsize - 3 * 2**20)))
+        taken = 1
+        for number in range(1, 20):
+            with trio.move_on_after(0.3) as patience:
+                await put(buffer, chunk(number, size=LARGE))
+            if patience.cancelled_caught:
+                break
+            taken += 1
+        assert patience.cancelled_caught
+        assert "full" in buffer.trouble
+        assert buffer.stats().events == taken * 10
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(put, buffer, chunk(100, size=LARGE))
+            await trio.sleep(0.1)
+            ballast.unlink()
+        assert not buffer.trouble
+        assert buffer.stats().events == taken * 10 + 10
+        assert_balanced(buffer)
+
+
+async def test_deliveries_go_on_while_the_disk_is_full(small_disk: Path) -> None:
+    """Settling is what makes room, so it must not wait for any."""
+    async with opened(small_disk / "b.db", max_size=64 * 2**20) as buffer:
+        for number in range(12):
+            await put(buffer, chunk(number, size=LARGE))
+        free = os.statvfs(small_disk)
+        (small_disk / "ballast").write_bytes(bytes(max(0, free.f_bavail * free.f_frsize - 256 * 1024)))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(put, buffer, chunk(100, size=LARGE))
+            await trio.sleep(0.1)
+            while (lease := await buffer.take(ALL, "default")) is not None:
+                await buffer.settle(lease)
+                if total(buffer, "delivered") >= 120:
+                    break
+            nursery.cancel_scope.cancel()
+        assert total(buffer, "delivered") >= 120
+        assert_balanced(buffer)
+
+
+async def test_space_is_given_back(tmp_path: Path) -> None:
+    """A file that was large shrinks once it is idle."""
+    path = tmp_path / "b.db"
+    async with opened(path) as buffer:
+        for number in range(20):
+            await put(buffer, chunk(number, size=LARGE))
+        while (lease := await buffer.take(ALL, "default")) is not None:
+            await buffer.settle(lease)
+        store = buffer._store  # type: ignore[attr-defined]  # how soon is no promise; that it does is
+        pages = store.free_pages
+        assert pages > 500
+        while store.free_pages:
+            before = store.free_pages
+            store.give_back_pages(64)
+            assert store.free_pages < before
