@@ -85,7 +85,8 @@ class Agent:
             async with trio.open_nursery() as accepting:
                 for source in self.sources:
                     accepting.start_soon(source.run, self.stop)
-                log.info("ready", sources={source.settings.name: source.address for source in self.sources})
+                places = [f"{source.settings.name} at {source.address}" for source in self.sources]
+                log.info("ready", sources=", ".join(places))
                 self.ready.set()
                 outside = await self._load_outside(buffer)
                 await delivering.start(outside.deliver)

@@ -2,7 +2,8 @@
  *
  *   loader unix_stream|unix_stream_ack|unix_datagram|udp ADDRESS COUNT [EVENTS_PER_SECOND]
  *
- * ADDRESS is a path or, for udp, a port of 127.0.0.1. Prints how many were sent and in how many seconds.
+ * ADDRESS is a path or, for udp, a port of 127.0.0.1. The events are made before the first is sent, so that making
+ * them takes no CPU from the agent. Prints when the first was sent (seconds since 1970) and how long it took.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -41,6 +42,16 @@ static int event(char *to, long n) {
                    NAMES[r % 5], r % 100000, n, PLANS[(r >> 8) % 4], (r >> 4) % 5000, r >> 12, r % 500, r % 100, r,
                    (r >> 3) & 0xffff, (r >> 5) & 0xfff, (r >> 7) & 0xfff, r * 31u, (r >> 9) & 0xffff, AGENTS[r % 3],
                    800 + r % 1200, r & 1 ? "true" : "false");
+}
+
+static char *texts;   /* all events, one behind the other */
+static size_t *ends; /* where each ends */
+
+static void make(long count) {
+    size_t size = 0;
+    texts = malloc((size_t)count * LARGEST);
+    ends = malloc(count * sizeof *ends);
+    for (long n = 0; n < count; n++) ends[n] = size += event(texts + size, n);
 }
 
 static void fail(const char *what) {
@@ -82,16 +93,15 @@ static void keep_pace(double began, long sent, double rate) {
 }
 
 static void stream(int fd, long count, double rate, int ask) {
-    static char out[WRITE + LARGEST];
     static char in[65536];
     long accepted = 0;
     double began = now();
     if (ask) write_all(fd, "{\"ack\":true}\n", 13);
     for (long n = 0; n < count;) {
-        size_t size = 0;
+        size_t first = n ? ends[n - 1] : 0;
         long due = rate ? n + (long)(rate / 200) + 1 : count;
-        while (n < count && n < due && size < WRITE) size += event(out + size, n++);
-        write_all(fd, out, size);
+        while (n < count && n < due && ends[n] - first < WRITE) n++;
+        write_all(fd, texts + first, ends[n - 1] - first);
         if (rate) keep_pace(began, n, rate);
     }
     shutdown(fd, SHUT_WR);
@@ -105,7 +115,6 @@ static void stream(int fd, long count, double rate, int ask) {
 }
 
 static void datagrams(int fd, long count, double rate) {
-    static char out[MANY][LARGEST];
     struct mmsghdr messages[MANY];
     struct iovec parts[MANY];
     double began = now();
@@ -115,7 +124,8 @@ static void datagrams(int fd, long count, double rate) {
         if (some > count - n) some = count - n;
         memset(messages, 0, sizeof messages);
         for (long i = 0; i < some; i++) {
-            parts[i] = (struct iovec){out[i], event(out[i], n + i)};
+            size_t first = n + i ? ends[n + i - 1] : 0;
+            parts[i] = (struct iovec){texts + first, ends[n + i] - first};
             messages[i].msg_hdr.msg_iov = &parts[i];
             messages[i].msg_hdr.msg_iovlen = 1;
         }
@@ -136,11 +146,15 @@ int main(int argc, char **argv) {
     }
     int fd = connected(argv[1], argv[2]);
     long count = atol(argv[3]);
-    double rate = argc > 4 ? atof(argv[4]) : 0, began = now();
+    double rate = argc > 4 ? atof(argv[4]) : 0;
+    make(count);
+    struct timespec start;
+    clock_gettime(CLOCK_REALTIME, &start);
+    double began = now();
     if (strncmp(argv[1], "unix_stream", 11) == 0)
         stream(fd, count, rate, strcmp(argv[1], "unix_stream_ack") == 0);
     else
         datagrams(fd, count, rate);
-    printf("%ld %.3f\n", count, now() - began);
+    printf("%.6f %.3f\n", start.tv_sec + start.tv_nsec / 1e9, now() - began);
     return 0;
 }

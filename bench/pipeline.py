@@ -74,10 +74,10 @@ class Sink:
         self._process = subprocess.Popen(command)
         wait_until(lambda: self.totals() is not None)
 
-    def totals(self) -> Figures | None:
+    def totals(self, path: str = "") -> Figures | None:
         """What it has taken; None where it does not answer yet."""
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/", timeout=30) as answer:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/{path}", timeout=60) as answer:
                 found: Figures = json.load(answer)
         except OSError:
             return None
@@ -87,6 +87,19 @@ class Sink:
         """How many events it has taken."""
         totals = self.totals()
         return int(totals["events"]) if totals else 0
+
+    def settle(self) -> Figures:
+        """What it has taken once nothing more has come for half a second."""
+        before = None
+        while True:
+            seen = self.totals("seen")
+            if seen is not None and seen == before:
+                break
+            before = seen
+            time.sleep(0.5)
+        totals = self.totals()
+        assert totals is not None
+        return totals
 
     def close(self) -> None:
         """End it."""
@@ -217,11 +230,12 @@ def pipeline(dump: bool = False) -> Iterator[tuple[Agent, Sink]]:
             sink.close()
 
 
-def load(agent: Agent, kind: str, count: int, rate: int = 0) -> None:
-    """Send events into one of the agent's sources."""
+def load(agent: Agent, kind: str, count: int, rate: int = 0) -> float:
+    """Send events into one of the agent's sources; when the first one left."""
     address = {"unix_datagram": f"{agent.folder}/d", "udp": str(agent.udp)}.get(kind, f"{agent.folder}/s")
     command = [str(BUILD / "loader"), kind, address, str(count), *([str(rate)] if rate else [])]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    return float(done.stdout.split()[0])
 
 
 def flood(kind: str, count: int, rate: int = 0) -> Figures:
@@ -229,11 +243,10 @@ def flood(kind: str, count: int, rate: int = 0) -> Figures:
     with pipeline() as (agent, sink):
         load(agent, kind, 2000)
         wait_until(lambda: sink.events() == 2000)
-        cpu, began = agent.cpu(), time.time()
-        load(agent, kind, count, rate)
-        wait_until(lambda: sink.events() + agent.dropped() >= 2000 + count, pause=0.1)
-        totals = sink.totals()
-        assert totals is not None
+        cpu = agent.cpu()
+        began = load(agent, kind, count, rate)
+        wait_until(lambda: sink.settle()["events"] + agent.dropped() >= 2000 + count)
+        totals = sink.settle()
         return {
             "events/s": count / (totals["last"] - began),
             "CPU s/M": (agent.cpu() - cpu) / count * 1e6,
@@ -262,9 +275,8 @@ def drain(backlog: int) -> Figures:
         figures = {"bytes/event": agent.disk() / backlog, "RSS MiB": agent.memory("VmHWM")}
         cpu = agent.cpu()
         sink = Sink(port)
-        wait_until(lambda: sink.events() >= backlog, pause=0.1)
-        totals = sink.totals()
-        assert totals is not None
+        wait_until(lambda: sink.settle()["events"] >= backlog)
+        totals = sink.settle()
         figures["events/s"] = totals["events"] / (totals["last"] - totals["first"])
         figures["CPU s/M"] = (agent.cpu() - cpu) / backlog * 1e6
         figures["lost"] = backlog - totals["events"]

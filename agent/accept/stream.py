@@ -19,7 +19,7 @@ log = structlog.get_logger("accept")
 # A Unix stream's kernel buffer holds 208 KiB by default: one read empties it.
 READ_BYTES = 256 * 1024
 # After a smaller read of a client that waits for no answer, the reader lets some gather.
-SMALL_BYTES, SMALL_PAUSE = 16 * 1024, 0.010
+SMALL_BYTES, SMALL_PAUSE = 16 * 1024, 0.020
 # The unfinished lines of all connections of a source together (the handbook's joint).
 PARTIAL_BYTES = 16 * 1024 * 1024
 # Refusals that wait for a client that does not read; beyond it only the totals count them.

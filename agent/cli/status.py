@@ -1,5 +1,6 @@
 """`capture-agent status`: one screen of what a running agent does."""
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,8 @@ from agent.cli.reach import find_socket, not_running
 
 # A busy agent answers in milliseconds.
 PATIENCE_SECONDS = 5.0
+# Wider than any line of the screen but a refused one.
+PIPE_WIDTH = 200
 # The newest refusals that one screen has room for.
 REJECTS_SHOWN = 5
 
@@ -51,7 +54,8 @@ def _show(document: Document) -> None:
     from rich.console import Console
     from rich.markup import escape
 
-    console = Console(highlight=False)
+    # A pipe has no width; what reads it should not meet lines cut for an imagined screen.
+    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else PIPE_WIDTH)
     state = f"{document['state']}, up {_age(document['uptime_seconds'])}, process {document['pid']}"
     console.print(f"[bold]capture-agent {document['version']}[/] {state}")
     console.print(_sources(document["sources"]))
