@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from socket import socket
 
+import structlog
 import trio
 
 from agent import __version__, httpd
@@ -19,6 +20,8 @@ from agent.deliver.client import Client
 from agent.deliver.worker import Delivery
 from agent.metrics import DeliveryFacts, Metrics, Pulled
 from agent.status import Document, describe
+
+log = structlog.get_logger("agent")
 
 
 class Outside:
@@ -44,6 +47,12 @@ class Outside:
                 delivery = Delivery(project, self._buffer, client, self._metrics, self._clock.now)
                 self._deliveries.append(delivery)
                 nursery.start_soon(delivery.run)
+            if names := self._unconfigured():
+                log.warning(
+                    "the buffer holds events of projects that are not configured; they wait",
+                    projects=", ".join(names),
+                    hint="configure a project of that name, and they are delivered",
+                )
             task_status.started()
 
     def drain(self) -> None:
@@ -82,7 +91,7 @@ class Outside:
             task_status.started()
 
     def _facts(self) -> list[DeliveryFacts]:
-        return [
+        facts = [
             DeliveryFacts(
                 delivery.project.name,
                 delivery.pace.concurrency,
@@ -90,6 +99,12 @@ class Outside:
             )
             for delivery in self._deliveries
         ]
+        return facts + [DeliveryFacts(name, 0, "unconfigured") for name in self._unconfigured()]
+
+    def _unconfigured(self) -> list[str]:
+        """Projects that have events in the buffer, but no place in the configuration any more."""
+        configured = {project.name for project in self._config.projects}
+        return sorted(self._buffer.stats().unleased.keys() - configured)
 
     def _status(self, private: bool) -> Document:
         return describe(

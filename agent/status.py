@@ -7,7 +7,7 @@ from typing import Any
 
 from agent import __version__
 from agent.accept.source import Source
-from agent.buffer import Books, Buffer
+from agent.buffer import Books, Buffer, Stats
 from agent.config import Config, Udp, UnixDatagram, UnixStream
 from agent.deliver.worker import Delivery
 
@@ -52,7 +52,10 @@ def describe(
             "waiting": stats.waiting,
             "trouble": buffer.trouble or None,
         },
-        "projects": [_project(delivery, books, monotonic, private=private) for delivery in deliveries],
+        "projects": [
+            *(_project(delivery, books, monotonic, private=private) for delivery in deliveries),
+            *_unconfigured(config, stats, books),
+        ],
         "books": balance(books, stats.events),
         "rejects": _rejects(sources) if private else [],
     }
@@ -97,6 +100,26 @@ def _project(delivery: Delivery, books: Books, monotonic: float, *, private: boo
         "requests": {str(status): count for status, count in sorted(delivery.statuses.items())},
         "last_error": {"text": trouble.text, "at": _told(trouble.at)} if trouble and private else None,
     }
+
+
+def _unconfigured(config: Config, stats: Stats, books: Books) -> list[Document]:
+    """Projects that have events in the buffer, but no place in the configuration any more."""
+    configured = {project.name for project in config.projects}
+    why = "events wait for a project that is not configured"
+    return [
+        {
+            "name": name,
+            "host": None,
+            "held": {"reason": "unconfigured", "why": why, "since_seconds": None, "next_probe_seconds": None},
+            "concurrency": 0,
+            "failures": 0,
+            "delivered": _total(books, "delivered", name),
+            "dead": _by_reason(books, "dead", name),
+            "requests": {},
+            "last_error": None,
+        }
+        for name in sorted(stats.unleased.keys() - configured)
+    ]
 
 
 def _rejects(sources: Sequence[Source]) -> list[Document]:

@@ -5,7 +5,7 @@ acknowledged. When `settle` has returned, it no longer does. Everything between 
 """
 
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Literal, NamedTuple, Protocol
 
@@ -73,7 +73,10 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True, eq=False):
 
 
 class Stats(NamedTuple):
-    """What the buffer holds: events, their packed bytes, bytes on disk, the bound, the oldest's time (µs)."""
+    """What the buffer holds: events, their packed bytes, bytes on disk, the bound, the oldest's time (µs).
+
+    `unleased` is the events of each project that nobody has on lease.
+    """
 
     events: int
     bytes: int
@@ -82,6 +85,7 @@ class Stats(NamedTuple):
     oldest: int | None
     dead_letters: int
     waiting: int  # puts that found no room
+    unleased: Mapping[str, int]
 
 
 class Buffer(Protocol):

@@ -203,6 +203,7 @@ class MemoryBuffer:
             oldest=next((chunk.received_at for chunk in self._chunks.values()), None),
             dead_letters=len(self._dead),
             waiting=self._callers,
+            unleased=dict(+self._available),
         )
 
     def books(self) -> Books:

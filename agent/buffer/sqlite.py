@@ -259,6 +259,7 @@ class SqliteBuffer:
             oldest=store.oldest,
             dead_letters=store.dead_letters,
             waiting=0,
+            unleased=dict(+store.available),
         )
         self._waiting.show(store.available)
 

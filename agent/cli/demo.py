@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from agent.cli.options import plainly, unused_config_option
+
 if TYPE_CHECKING:
     from agent.config import Config
     from agent.sink import Sink
@@ -15,6 +17,7 @@ PATIENCE_SECONDS = 30.0
 
 
 @click.command()
+@unused_config_option
 @click.option("--once", is_flag=True, help="Exit 0 when all sample events have arrived, 1 if they do not.")
 def command(once: bool) -> None:
     """Start a stand-in for PostHog and an agent, and send events through every source.
@@ -26,7 +29,6 @@ def command(once: bool) -> None:
     import trio
 
     from agent import logs
-    from agent.cli.options import plainly
 
     logs.set_up("warning", "auto", os.environ)
     with plainly():

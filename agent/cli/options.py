@@ -34,6 +34,12 @@ config_option = click.option(
 )
 
 
+# Every verb takes the option, so that a wrapper may always give it; these verbs have no use for it.
+unused_config_option = click.option(
+    "--config", metavar="FILE", expose_value=False, help="Taken by every command; this one needs none."
+)
+
+
 @contextmanager
 def plainly() -> Iterator[None]:
     """Tell an `AgentError` in two lines on stderr, what is wrong and what to do, and exit with its code."""

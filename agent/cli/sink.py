@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from agent.cli.options import plainly, unused_config_option
+
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable
@@ -47,6 +49,7 @@ def _property(
 
 
 @click.command()
+@unused_config_option
 @click.option(
     "--listen", default="127.0.0.1:8000", show_default=True, callback=_address, help="HOST:PORT; port 0: any."
 )
@@ -82,7 +85,6 @@ def command(
     import trio
 
     from agent.accept.sockets import bind_address
-    from agent.cli.options import plainly
     from agent.sink import Sink
 
     with plainly():

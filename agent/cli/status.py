@@ -106,14 +106,15 @@ def _project(project: Document, escape: Any) -> Iterator[str]:
     dead = sum(project["dead"].values())
     requests = ", ".join(f"{status}: {count:,}" for status, count in project["requests"].items())
     yield (
-        f"[bold]project {project['name']}[/] to {escape(project['host'])}: "
+        f"[bold]project {project['name']}[/] to {escape(project['host'] or 'nowhere')}: "
         f"{project['delivered']:,} delivered, {dead:,} dead; answers {requests or 'none yet'}; "
         f"up to {project['concurrency']} at once"
     )
     if held := project["held"]:
-        probe = f"next try in {_age(held['next_probe_seconds'])}"
-        since = _age(held["since_seconds"])
-        yield f"  [red]held ({held['reason']}) for {since}[/]: {escape(held['why'])}; {probe}"
+        since = f" for {_age(held['since_seconds'])}" if held["since_seconds"] is not None else ""
+        seconds = held["next_probe_seconds"]
+        probe = f"; next try in {_age(seconds)}" if seconds is not None else ""
+        yield f"  [red]held ({held['reason']}){since}[/]: {escape(held['why'])}{probe}"
     if error := project["last_error"]:
         yield f"  [dim]last error {error['at']}[/] {escape(error['text'])}"
 

@@ -207,6 +207,37 @@ async def test_a_dead_agents_socket_files_are_no_obstacle(tmp_path: Path) -> Non
                 await agent.process.wait()
 
 
+async def test_events_of_a_project_that_is_gone_wait_and_say_so(tmp_path: Path) -> None:
+    """They are held as unconfigured, shown so, and delivered when the project is back."""
+    down = True
+    sink = Sink(script=lambda _request: Reply(503) if down else None)
+    async with serving(sink) as url:
+        config = configure(tmp_path, url)
+        text = config.read_text()
+        async with running(config) as agent:
+            assert run("send", "e", "--socket", agent.stream).returncode == 0
+            agent.send(signal.SIGTERM)
+            await agent.process.wait()
+        config.write_text(text.replace("[project]", '[project]\nname = "new"'))
+        down = False
+        async with running(config) as agent:
+            assert run("send", "e", "--socket", agent.stream).returncode == 0
+            status = await agent.until(delivered=1)
+            assert status["books"]["balanced"]
+            assert [(one["name"], one["held"] and one["held"]["reason"]) for one in status["projects"]] == [
+                ("new", None),
+                ("default", "unconfigured"),
+            ]
+            held = 'delivery_held{project="default",reason="unconfigured"} 1.0'
+            assert held in await _scrape(agent.folder / "admin.sock")
+            assert "unconfigured" in run("status", "--config", str(config)).stdout
+            agent.send(signal.SIGTERM)
+            await agent.process.wait()
+        config.write_text(text)
+        async with running(config) as agent:
+            await agent.until(delivered=2)
+
+
 async def test_metrics_say_what_the_books_say(tmp_path: Path) -> None:
     """Every series exists from the first scrape, and the identities hold in them."""
     async with serving(Sink()) as url:
