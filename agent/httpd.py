@@ -114,9 +114,8 @@ def _place(family: int, name: Any) -> tuple[int, Any]:
 
 async def _bounded(app: App, max_body: int, scope: Message, receive: Receive, send: Send) -> None:
     """The app for one request; a body that outgrows `max_body` ends it with a 413."""
-    if (
-        scope["type"] == "lifespan"
-    ):  # what an app needs is opened around `serve`; Hypercorn insists on an answer
+    if scope["type"] == "lifespan":
+        # What an app needs is opened around `serve`; Hypercorn insists on an answer.
         for _ in ("startup", "shutdown"):
             await send({"type": (await receive())["type"] + ".complete"})
         return

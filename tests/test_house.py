@@ -77,6 +77,7 @@ PURE = {
     "agent.units",
     "agent.sink.judge",
     "agent.sink.payload",
+    "agent.sink.times",
 }
 PURE_ROOMS = {"door", "delivery logic"}
 IMPURE_MODULES = {"trio", "socket", "sqlite3", "httpx", "threading", "time", "random", "os", "subprocess"}

@@ -23,13 +23,12 @@ FIRST_LINE = (
 
 def _seconds(_context: click.Context, _parameter: click.Parameter, text: str) -> float:
     """A duration as text, in seconds."""
-    from agent import AgentError
     from agent.units import parse_duration
 
     try:
-        return float(parse_duration(text))
-    except (AgentError, ValueError) as error:
-        raise click.BadParameter(f"{error} (write it like 200ms, 0.5s)") from None
+        return parse_duration(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 def _address(_context: click.Context, _parameter: click.Parameter, text: str) -> str:

@@ -59,9 +59,6 @@ class Refusal(Exception):
         self.reply = Reply(status, text.encode())
 
 
-OK = Reply(200, b'{"status":"Ok"}', {"content-type": "application/json"})
-
-
 def at_path(path: str, paths: Iterable[str]) -> bool:
     """Whether it is one of these, with or without a slash at its end."""
     return path.removesuffix("/") in paths
