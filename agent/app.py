@@ -33,8 +33,9 @@ log = structlog.get_logger("agent")
 
 # The parts of a shutdown; with closing the file they stay under the 5 s that a person waits.
 GRACE_SECONDS = 1.5  # to read what was sent, and put it
-GIVE_UP_SECONDS = 0.3  # to book what found no room
+GIVE_UP_SECONDS = 2.0  # from then on, to book what found no room: milliseconds, unless the disk hangs
 DRAIN_SECONDS = 1.2  # to deliver what is there
+STOP_SECONDS = 3.7  # all of these together
 
 ADMIN_MODE = 0o660
 
@@ -95,10 +96,13 @@ class Agent:
                 await self.stop.wait()
                 outside.state = "stopping"
                 log.info("stopping", buffered=buffer.stats().events)
-                showing.start_soon(_close_door, buffer)
-                accepting.cancel_scope.deadline = trio.current_time() + GRACE_SECONDS + GIVE_UP_SECONDS
+                stopped = trio.current_time()
+                showing.start_soon(_close_door, buffer, accepting.cancel_scope)
+            if accepting.cancel_scope.cancelled_caught:
+                log.error("the buffer did not answer; what was received and not acknowledged is lost")
             outside.drain()
-            delivering.cancel_scope.deadline = trio.current_time() + DRAIN_SECONDS
+            patience = min(trio.current_time() + DRAIN_SECONDS, stopped + STOP_SECONDS)
+            delivering.cancel_scope.deadline = patience
 
     async def _load_outside(self, buffer: Buffer) -> "Outside":
         """Load, in a thread, what takes longer to load than senders should wait."""
@@ -107,10 +111,11 @@ class Agent:
         return made
 
 
-async def _close_door(buffer: Buffer) -> None:
-    """When the grace is over, what found no room is given up, and booked."""
+async def _close_door(buffer: Buffer, accepting: trio.CancelScope) -> None:
+    """When the grace is over, what found no room is given up, and booked; only then is it cut short."""
     await trio.sleep(GRACE_SECONDS)
     buffer.close_door()
+    accepting.deadline = trio.current_time() + GIVE_UP_SECONDS
 
 
 async def run_until_signalled(agent: Agent) -> None:

@@ -152,7 +152,7 @@ async def test_a_second_signal_leaves_at_once(tmp_path: Path) -> None:
 
 
 async def test_a_full_buffer_and_a_stop(tmp_path: Path) -> None:
-    """Senders wait, files keep their bound, and a stop counts what found no room."""
+    """Senders wait, files keep their bound, and a stop counts what found no room, on a busy host too."""
     sink = Sink(script=lambda _request: Reply(503))
     more = f'[buffer]\npath = "{tmp_path}/buffer.db"\nmax_size = "16 MiB"'
     async with serving(sink) as url:
@@ -167,7 +167,11 @@ async def test_a_full_buffer_and_a_stop(tmp_path: Path) -> None:
             assert files <= 16 * 2**20
             began = time.monotonic()
             agent.send(signal.SIGTERM)
-            await agent.process.wait()
+            await trio.sleep(1.2)  # within the grace, the host turns to something else
+            agent.send(signal.SIGSTOP)
+            await trio.sleep(1)
+            agent.send(signal.SIGCONT)
+            assert await agent.process.wait() == 0
             assert time.monotonic() - began < 5
         sink._script = None
         async with running(config) as agent:
