@@ -8,9 +8,11 @@ than the decoding, so delivery finds it.
 """
 
 import re
+import secrets
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
+from typing import Annotated
 
 import msgspec
 from msgspec import UNSET, Raw
@@ -35,7 +37,12 @@ SPARE_BRACKETS = 120
 # How the names of PostHog's own properties begin, as keys in JSON.
 RESERVED = b'"$'
 
-_rows = msgspec.json.Decoder(list[tuple[Envelope]]).decode
+# A number of 19 digits that no client knows, told to nobody: what stands between two lines, see `_open`.
+_NONCE = 2**62 + secrets.randbits(62)
+_SEAL = b",%d],\n[" % _NONCE
+_Sealed = tuple[Envelope, Annotated[int, msgspec.Meta(ge=_NONCE, le=_NONCE)]]
+
+_rows = msgspec.json.Decoder(list[_Sealed]).decode
 _encode = msgspec.json.Encoder().encode
 
 
@@ -130,9 +137,11 @@ class Door:
         if spare > SPARE_BRACKETS and any(map(too_deep, opened.split(b"\n"))):
             return None
         try:
-            return [envelope for (envelope,) in _rows(opened)]
+            rows = _rows(opened)
         except DECODE_ERRORS:
             return None
+        # Every row ends with a seal, so where there are as many, no line shares one with its neighbour.
+        return [envelope for envelope, _ in rows] if len(rows) == count else None
 
     def _decode_singly(
         self, reads: Sequence[Read], flaws: Flaws
@@ -243,15 +252,17 @@ class Door:
 
 
 def _open(reads: Sequence[Read]) -> tuple[bytes, list[int]]:
-    """All lines as one JSON array of arrays of one, and how many lines each read has.
+    """All lines as one JSON array of rows, a line and the nonce each, and how many lines each read has.
 
-    Each newline becomes `],` newline `[`, so that JSON's own grammar keeps the lines apart: half an object
-    cannot swallow the next line, and no JSON string may hold a newline.
+    A row's end can be swallowed by a line that opens an array, and forged by one that closes the row's own
+    bracket; but a line that does not know the nonce cannot do both, so the count of rows tells.
     """
-    parts = [read.lines.replace(b"\n", b"],\n[") for read in reads]
-    lines = [(len(part) - len(read.lines)) // 3 for part, read in zip(parts, reads, strict=True)]
+    parts = [read.lines.replace(b"\n", _SEAL) for read in reads]
+    lines = [
+        (len(part) - len(read.lines)) // (len(_SEAL) - 1) for part, read in zip(parts, reads, strict=True)
+    ]
     blob = b"".join(parts)
-    return (b"".join((b"[[", blob[:-4], b"]]")) if blob else b"[]"), lines
+    return (b"".join((b"[[", blob[:-3], b"]")) if blob else b"[]"), lines
 
 
 def _count(blob: bytes, byte: bytes) -> int:

@@ -254,6 +254,29 @@ def test_reasons(line: bytes, why: str) -> None:
     assert len(events_of(decoded)) == 2
 
 
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [b'{"event":"a","distinct_id":"b"}],[{"event":"c","distinct_id":"d"}'],
+        [b'{"event":"a","distinct_id":"b"},1],[{"event":"c","distinct_id":"d"}'],
+        [b'{"event":"a","distinct_id":"b","properties":{"x":[[1', b"2]]}}"],
+        [b'{"event":"a","distinct_id":"b","x":[[1', b"2]]}"],
+        [
+            b'{"event":"a","distinct_id":"b","x":[[1',
+            b"2]]}",
+            b'{"event":"a","distinct_id":"b"}],[{"event":"c","distinct_id":"d"}',
+        ],
+    ],
+)
+def test_no_line_reaches_into_another(lines: list[bytes]) -> None:
+    """Lines that would be whole only together, or that would be two, are each refused; none is made up."""
+    decoded = vouch(GOOD, *lines, GOOD)
+    assert [reject.line for reject in decoded.rejects] == list(range(1, len(lines) + 1))
+    assert {reject.reason for reject in decoded.rejects} <= {"malformed_json", "not_an_object"}
+    assert len(events_of(decoded)) == 2
+    assert decoded.tally.received == len(lines) + 2
+
+
 def test_a_bomb_of_a_hundred_thousand_brackets() -> None:
     """It costs a rejection, and neither memory nor the stack."""
     huge = door(max_event=10**6)
@@ -312,7 +335,10 @@ EVENTS = st.one_of(
     st.dictionaries(FIELD, JSON, max_size=6).map(lambda event: json.dumps(event).encode()),
 )
 HALVES = st.tuples(EVENTS, st.integers(0, 60)).map(lambda cut: cut[0][: cut[1]])
-LINES = st.one_of(EVENTS, HALVES, EVENTS.map(lambda line: line[10:]), st.binary(max_size=30)).map(
+# What would cut a line in two, or make one of two, if lines were only laid together.
+JOINTS = st.sampled_from([b"],[", b",1],[", b'"x":[[1', b"]", b"[", b"2]]}", b"}{", b"},{", b","])
+BRIDGES = st.tuples(HALVES, JOINTS, HALVES).map(b"".join)
+LINES = st.one_of(EVENTS, HALVES, EVENTS.map(lambda line: line[10:]), BRIDGES, st.binary(max_size=30)).map(
     lambda line: line.replace(b"\n", b" ").replace(b"\r", b" ")
 )
 
