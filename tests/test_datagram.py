@@ -5,12 +5,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
 from sources import datagram, line, taking, udp
 
 from agent import config
+from agent.accept.datagram import UNIX_BYTES
 from agent.accept.source import Source
+
+SO_SNDBUFFORCE = 32  # asm-generic/socket.h; Python has no name for it
 
 
 @contextmanager
@@ -63,6 +67,36 @@ async def test_a_datagram_beyond_the_bound_is_refused(tmp_path: Path) -> None:
             await send(sender, line(1))
         await taken.settled(2)
         assert (taken.total("accepted"), taken.total("rejected", "too_large")) == (1, 1)
+
+
+async def test_a_datagram_of_many_events_may_be_larger_than_one(settings: config.Source) -> None:
+    """`max_event` bounds an event, not the datagram in which it comes with others."""
+    small = msgspec.structs.replace(settings, max_event=1000)
+    async with taking(small) as taken:
+        with sending(taken.source) as sender:
+            await send(sender, b"".join(line(number) for number in range(100)))
+        await taken.settled(100)
+        assert taken.total("accepted") == 100
+
+
+async def test_what_a_huge_datagram_lost_is_counted(tmp_path: Path) -> None:
+    """Of one larger than can be read the whole lines are taken, and its end is one rejection."""
+    async with taking(datagram(tmp_path)) as taken:
+        with sending(taken.source) as sender:
+            try:
+                sender.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, 8 * 2**20)
+            except PermissionError:
+                pytest.skip("only root may send datagrams so large")
+            whole = line(1)
+            await send(sender, whole * (UNIX_BYTES // len(whole) + 100))
+            await send(sender, b"x" * (UNIX_BYTES + 100))
+            await send(sender, line(2))
+        while not taken.total("rejected", "too_large") or taken.buffer.stats().events < 2:
+            await trio.sleep(0.01)
+        expected = UNIX_BYTES // len(whole) + 1
+        await taken.settled(expected + 2)
+        assert taken.total("accepted") == expected
+        assert (taken.total("rejected", "truncated"), taken.total("rejected", "too_large")) == (1, 1)
 
 
 async def test_the_largest_udp_datagram_is_an_event() -> None:
