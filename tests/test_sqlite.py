@@ -106,6 +106,9 @@ async def test_files_keep_their_bound(tmp_path: Path, when_full: str) -> None:
         assert buffer.stats().events == 0
 
 
+# The environment of a Python that finds the agent and these tests.
+CHILDS = {**ENVIRONMENT, "PYTHONPATH": f"{Path(__file__).parents[1]}:{Path(__file__).parent}"}
+
 CHILD = """
 import sys, trio
 from agent import config
@@ -131,11 +134,9 @@ trio.run(main)
 async def test_kill_9_loses_nothing_that_was_promised(tmp_path: Path, patience: int) -> None:
     """Whatever `put` has returned for is in the file after the process was killed."""
     path = tmp_path / "b.db"
-    root = Path(__file__).parents[1]
-    env = {**ENVIRONMENT, "PYTHONPATH": f"{root}:{root / 'tests'}"}
     command = [sys.executable, "-c", CHILD, str(path)]
     promised: set[int] = set()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=env, text=True) as child:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=CHILDS, text=True) as child:
         assert child.stdout is not None
         for line in child.stdout:
             promised.add(int(line))
@@ -188,6 +189,75 @@ async def test_a_full_disk_makes_senders_wait(small_disk: Path) -> None:
         assert not buffer.trouble
         assert buffer.stats().events == taken * 10 + 10
         assert_balanced(buffer)
+
+
+async def test_room_is_found_again_while_deliveries_fail(small_disk: Path) -> None:
+    """The trouble stays told and is tried again every second, however often others ask for something."""
+    ballast = small_disk / "ballast"
+    async with opened(small_disk / "b.db", max_size=64 * 2**20) as buffer, trio.open_nursery() as nursery:
+        await put(buffer, chunk(0, size=LARGE))
+        free = os.statvfs(small_disk)
+        ballast.write_bytes(bytes(max(0, free.f_bavail * free.f_frsize - 256 * 1024)))
+
+        async def fail() -> None:
+            while True:
+                if (lease := await buffer.take(ALL, "default")) is not None:
+                    await buffer.release(lease)
+                await trio.sleep(0.05)
+
+        nursery.start_soon(fail)
+        async with trio.open_nursery() as senders:
+            senders.start_soon(put, buffer, chunk(1, size=LARGE))
+            senders.start_soon(put, buffer, chunk(2, size=LARGE))
+            for _ in range(20):
+                await trio.sleep(0.1)
+                assert "full" in buffer.trouble
+            ballast.unlink()
+            senders.cancel_scope.deadline = trio.current_time() + 5
+        assert not senders.cancel_scope.cancelled_caught
+        assert not buffer.trouble
+        nursery.cancel_scope.cancel()
+
+
+FILL = """
+import sys, trio
+from pathlib import Path
+from test_buffer_contract import chunk, put
+from test_sqlite import LARGE, opened
+
+async def main():
+    path, taken = Path(sys.argv[1]), 0
+    async with opened(path, max_size=64 * 2**20) as buffer:
+        while True:
+            with trio.move_on_after(1) as patience:
+                await put(buffer, chunk(taken, size=LARGE))
+            if patience.cancelled_caught:
+                break
+            taken += 1
+        with open(path.with_name("ballast"), "wb", buffering=0) as ballast:
+            try:
+                while True:
+                    ballast.write(bytes(4096))
+            except OSError:
+                print(buffer.stats().events, file=sys.stderr, flush=True)
+        await trio.sleep_forever()
+
+trio.run(main)
+"""
+
+
+async def test_it_opens_on_a_full_disk(small_disk: Path) -> None:
+    """What a killed agent left on a disk without any room is there at the next start."""
+    path = small_disk / "b.db"
+    command = [sys.executable, "-c", FILL, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=CHILDS) as child:
+        assert child.stderr is not None
+        promised = int(child.stderr.readline())
+        child.kill()
+    assert os.statvfs(small_disk).f_bavail == 0
+    async with opened(path, max_size=64 * 2**20) as buffer:
+        assert buffer.stats().events == promised > 0
+        assert await buffer.take(ALL, "default") is not None
 
 
 async def test_deliveries_go_on_while_the_disk_is_full(small_disk: Path) -> None:

@@ -82,6 +82,10 @@ def connect(path: Path, *, full: bool, room: Room) -> sqlite3.Connection:
         raise cannot_write(path, error) from error
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=64)
     try:
+        # One owner: no other program can write or checkpoint meanwhile, which SQLite before 3.51.3 does not
+        # survive (the WAL-reset bug). And set before the first look: so no shared-memory file is made, for
+        # which a full disk has no room.
+        connection.execute("PRAGMA locking_mode = EXCLUSIVE")
         _refuse_strangers(connection, path)
         _configure(connection, full=full, room=room)
         if connection.execute("PRAGMA user_version").fetchone()[0] < SCHEMA_VERSION:
@@ -125,13 +129,10 @@ def _half_made(connection: sqlite3.Connection) -> bool:
 
 
 def _configure(connection: sqlite3.Connection, *, full: bool, room: Room) -> None:
-    """Set what must be set at each opening; the first three only take effect on a new file."""
+    """Set what must be set at each opening, and on a new file what shapes it; an old one is not written."""
+    new = connection.execute("PRAGMA page_count").fetchone()[0] == 0
     for pragma in (
-        f"page_size = {PAGE_BYTES}",
-        "auto_vacuum = INCREMENTAL",
-        # One owner: no other program can write or checkpoint meanwhile, which SQLite before 3.51.3 does
-        # not survive (the WAL-reset bug), and no shared-memory file is needed.
-        "locking_mode = EXCLUSIVE",
+        *((f"page_size = {PAGE_BYTES}", "auto_vacuum = INCREMENTAL") if new else ()),
         "journal_mode = WAL",
         f"synchronous = {'FULL' if full else 'NORMAL'}",
         # Debian builds SQLite to overwrite what is deleted: three quarters of the cost of a queue.

@@ -26,7 +26,7 @@ from agent.metrics import Metrics
 
 log = structlog.get_logger("buffer")
 
-# After a write failed (a full or broken disk) the next try: soon, and cheap even on a small host.
+# After a put found no room, or a write failed (a full or broken disk), the next try: soon, and cheap.
 RETRY_SECONDS = 1.0
 # Age is looked at this often; `max_age` is meant in hours or days.
 EXPIRY_SECONDS = 1.0
@@ -80,6 +80,7 @@ class SqliteBuffer:
         self._takings: list[_Asked[Taking]] = []
         self._bell = trio.Event()
         self._full = False  # the deposits that wait found no room
+        self._retry_at = float("inf")  # when what could not be done is tried again unasked, on trio's clock
         self._closing = False
         self._waiting = Waiting()
         self.trouble = ""
@@ -165,17 +166,17 @@ class SqliteBuffer:
             with trio.move_on_after(self._patience()) as patience:
                 await self._bell.wait()
             self._bell = trio.Event()
-            if patience.cancelled_caught:
-                self._full = False
-                if not self.trouble and self._store.free_pages and not self._deposits:
-                    await self._in_thread(partial(self._store.give_back_pages, IDLE_PAGES))
+            if trio.current_time() >= self._retry_at:
+                self._full, self._retry_at = False, float("inf")
+            elif patience.cancelled_caught and self._store.free_pages and not self._deposits:
+                await self._in_thread(partial(self._store.give_back_pages, IDLE_PAGES))
             with trio.CancelScope(shield=True):  # what was taken off the queues is done
                 await self.serve_group(now=time.time_ns() // 1000)
 
     def _patience(self) -> float:
         """How long to sleep, in seconds, when nobody asks for anything."""
-        if self.trouble and (self._deposits or self._settlements):
-            return RETRY_SECONDS
+        if self._retry_at != float("inf"):
+            return max(0.0, self._retry_at - trio.current_time())
         if self._settings.max_age and self._store.events:
             return EXPIRY_SECONDS
         return IDLE_SECONDS if self._store.free_pages else float("inf")
@@ -185,8 +186,8 @@ class SqliteBuffer:
         group = self._next_group()
         await self._in_thread(partial(self._work, group, now, closing=self._closing))
         self._show()
-        self._tell_trouble(group.error)
         if group.deposits or group.settlements:
+            self._tell_trouble(group.error)
             self._metrics.commit_seconds.observe(group.seconds)
         if group.settled:
             _ring(group.settlements)
@@ -196,6 +197,8 @@ class SqliteBuffer:
         waiting = [asked for asked in group.deposits if asked.what.taken is None and not asked.abandoned]
         self._full = any(asked.what.chunks for asked in waiting) or (group.full and bool(self._deposits))
         self._deposits = waiting + self._deposits
+        if self._full or self._settlements or (self.trouble and self._deposits):
+            self._retry_at = min(self._retry_at, trio.current_time() + RETRY_SECONDS)
         _ring(group.releases)
         for asked in group.takings:
             if asked.abandoned and asked.what.lease is not None:
@@ -289,6 +292,13 @@ class SqliteBuffer:
             log.warning("closed without a checkpoint; the next start makes it", error=str(error))
 
 
+def _advice(error: sqlite3.Error) -> str:
+    """What to do about a file that does not open."""
+    if error.sqlite_errorcode in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        return "the file is damaged: move it away with its -wal; the agent makes a new one"
+    return "make room on the disk, or mend it; nothing in the file is lost"
+
+
 def _ring(asked: "Iterable[_Asked[T]]") -> None:
     for one in asked:
         one.done.set()
@@ -307,10 +317,7 @@ async def open_sqlite(settings: config.Buffer, metrics: Metrics) -> AsyncIterato
             full=settings.durability == "full",
         )
     except sqlite3.Error as error:
-        raise BufferBroken(
-            f"{path}: {error}",
-            "if the file is damaged, move it away; the agent makes a new one",
-        ) from error
+        raise BufferBroken(f"{path}: {error}", _advice(error)) from error
     buffer = SqliteBuffer(store, settings, metrics)
     serving = trio.CancelScope(shield=True)
     try:
