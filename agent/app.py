@@ -56,6 +56,7 @@ class Agent:
         """Take events and deliver them until `stop` is set. Raises `AgentError` where it cannot start."""
         keep_freed()
         _raise_descriptor_limit()
+        try_ways_out(self.config)
         with ExitStack() as stack:
             sockets = [stack.enter_context(bound(settings)) for settings in self.config.sources]
             pages = stack.enter_context(_page_sockets(self.config.admin))
@@ -109,6 +110,17 @@ class Agent:
         module = await trio.to_thread.run_sync(import_module, "agent.outside")
         made: Outside = module.Outside(self.config, buffer, self.sources, self._metrics, self._clock)
         return made
+
+
+def try_ways_out(config: Config) -> None:
+    """Certificates and proxies that cannot be used are told now, not once events have been taken.
+
+    Raises `AgentError`.
+    """
+    for project in config.projects:
+        settings = project.delivery
+        if settings.ca_file or settings.client_cert or settings.proxy:
+            import_module("agent.deliver.client").Client(settings)
 
 
 async def _close_door(buffer: Buffer, accepting: trio.CancelScope) -> None:

@@ -108,6 +108,8 @@ def _of_delivery(delivery: Delivery) -> Iterator[Wrong]:
 def _of_source(source: Source) -> Iterator[Wrong]:
     yield from _named(source.name)
     yield from _between("max_event", source.max_event, KIB, LARGEST_EVENT, size=True)
+    if source.distinct_id and not source.distinct_id.strip():
+        yield "distinct_id", "is blank, which PostHog refuses"
     for name, value in source.properties.items():
         if not _is_json(value):
             yield f"properties.{name}", "cannot be told in JSON (nan and inf are not in it)"

@@ -73,6 +73,7 @@ class _Reading:
         self._keys = keys
         self._mistakes: list[str] = []
         self._overrides = self._from_environment()
+        self._variables: list[str] = []  # the names that mean something in the environment
 
     def config(self, document: Table) -> Config:
         """Everything, or one `ConfigError` for all that is wrong."""
@@ -99,8 +100,8 @@ class _Reading:
         for where, wrong in checks.of_whole(config):
             self._wrong(where, wrong)
         for name in self._overrides:
-            known = [PREFIX + section.upper() for section in SECTIONS]
-            self._mistakes.append(f"environment: {name}: no such setting{_suggestion(name, known)}")
+            hint = _suggestion(name, self._variables)
+            self._mistakes.append(f"environment: {name}: no such setting{hint}")
         if self._mistakes:
             raise ConfigError("\n".join(self._mistakes), "`capture-agent check` shows the settings in force")
         return config
@@ -124,6 +125,7 @@ class _Reading:
         merged = dict(table)
         for field in msgspec.structs.fields(kind):
             name = f"{PREFIX}{section}__{field.name}".upper().replace("-", "_").replace(".", "_")
+            self._variables.append(name)
             if name not in self._overrides:
                 continue
             text = self._overrides.pop(name)
@@ -149,7 +151,8 @@ class _Reading:
         if isinstance(value, dict) and section == "project":
             value = [value]
         if not isinstance(value, list):
-            self._wrong(section, f"must be a list of tables: [[{section}]]")
+            one = f"a table: [{section}], or " if section == "project" else ""
+            self._wrong(section, f"must be {one}a list of tables: [[{section}]]")
             value = []
         if not value:
             value = [{"kind": kind} for kind in kinds] if section == "source" else [{}]

@@ -154,6 +154,47 @@ def test_demo_once() -> None:
     assert done.stdout.splitlines()[-1] == "15 of 15 events arrived"
 
 
+def test_a_reader_who_has_enough_is_no_error() -> None:
+    """`| head -1` ends the command without a traceback."""
+    command = f"{' '.join(COMMAND)} demo --once | head -1"
+    done = subprocess.run(
+        command, shell=True, check=False, capture_output=True, text=True, timeout=60, env=ENVIRONMENT
+    )
+    assert len(done.stdout.splitlines()) == 1
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [["a\udcff"], ["a", "-p", "b=\udcff"], ["a", "--distinct-id", "\udcff"]]
+)
+def test_send_takes_utf8_only(arguments: list[str]) -> None:
+    """Other bytes cannot be told in JSON: a plain error, before anything is sent."""
+    done = run("send", *arguments, "--socket", "/nowhere")
+    assert done.returncode == 2
+    assert "is not UTF-8" in done.stderr
+
+
+def test_send_tells_a_wrong_socket_from_a_missing_agent(tmp_path: Path) -> None:
+    """Only where nobody listens does it say that no agent runs."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+        other.bind(str(tmp_path / "d"))
+        done = run("send", "a", "--socket", str(tmp_path / "d"))
+    assert done.returncode == 1
+    assert "wrong type for socket" in done.stderr
+    assert "unix_stream" in done.stderr
+    assert run("send", "a", "--socket", str(tmp_path / "none")).returncode == 3
+
+
+@pytest.mark.parametrize("verb", ["run", "check"])
+def test_certificates_are_looked_at_before_events_are_taken(tmp_path: Path, verb: str) -> None:
+    """A path that is wrong is told at once, not after `ready`."""
+    config = configure(tmp_path, "https://127.0.0.1:1", f'ca_file = "{tmp_path}/no.pem"\n[buffer]')
+    done = run(verb, "--config", str(config))
+    assert done.returncode == 1
+    assert f"cannot use the certificates in {tmp_path}/no.pem" in done.stderr
+    assert "ready" not in done.stderr
+
+
 async def test_demo_stays_until_it_is_told_to_stop() -> None:
     """Without --once it tells where to look, keeps running, and ends cleanly."""
     process = await trio.lowlevel.open_process(

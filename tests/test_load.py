@@ -203,6 +203,10 @@ def test_what_is_printed_resolved_reads_back_as_the_same() -> None:
             ),
         ),
         ("source = 5\n", "source: must be a list of tables: [[source]]"),
+        (
+            '[[source]]\nkind = "udp"\ndistinct_id = " "\n',
+            "source[udp].distinct_id: is blank, which PostHog refuses",
+        ),
         ("buffer = 5\n", "buffer: must be a table: [buffer]"),
     ],
 )
@@ -305,6 +309,20 @@ def test_no_value_makes_it_fail_otherwise(section: str, key: str, value: object)
         return
     with suppress(ConfigError):
         read("\n".join(lines))
+
+
+def test_a_project_is_one_table_or_several() -> None:
+    """Both notations are named where it is neither."""
+    told = "c.toml: project: must be a table: [project], or a list of tables: [[project]]"
+    assert told in mistakes("project = 5\n")
+
+
+@pytest.mark.parametrize("name", ["CAPTURE_AGENT_BUFFER", "CAPTURE_AGENT_BUFFER__MAXSIZE"])
+def test_a_variable_that_is_none_is_told_a_real_one(name: str) -> None:
+    """The suggestion is a variable that would be taken."""
+    told = mistakes(KEY, env={name: "5"})
+    assert len(told) == 1
+    assert "did you mean CAPTURE_AGENT_BUFFER__" in told[0]
 
 
 def test_the_environment_overrides() -> None:

@@ -148,12 +148,14 @@ def test_configured_headers_cannot_break_the_body() -> None:
     }
     assert wire.headers(configured, "gzip") == {
         "User-Agent": f"capture-agent/{__version__}",
+        "Accept-Encoding": "identity",
         "X-Team": "data",
         "Content-Type": "application/json",
         "Content-Encoding": "gzip",
     }
-    assert wire.headers({"user-agent": "mine"}, "none") == {
+    assert wire.headers({"user-agent": "mine", "accept-encoding": "gzip"}, "none") == {
         "user-agent": "mine",
+        "accept-encoding": "gzip",
         "Content-Type": "application/json",
     }
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from agent.cli.options import config_option, load_config
+from agent.cli.options import config_option, load_config, plainly
 
 if TYPE_CHECKING:
     from agent.config import Config, Settings
@@ -20,7 +20,11 @@ def command(config_file: str | None, as_json: bool) -> None:
 
     Every mistake is told at once, each with its place; the exit code is then 2.
     """
+    from agent.app import try_ways_out
+
     config = load_config(config_file)
+    with plainly():
+        try_ways_out(config)
     if as_json:
         import msgspec
 

@@ -50,16 +50,18 @@ def plainly() -> Iterator[None]:
     except AgentError as error:
         _tell(error)
     except BaseExceptionGroup as group:
-        errors, others = group.split(AgentError)
+        errors, others = group.split((AgentError, BrokenPipeError))
         if errors is None or others is not None:
             raise
-        _tell(_first(errors))
+        first = _first(errors)
+        if isinstance(first, AgentError):
+            _tell(first)
+        raise first from None  # nobody reads our output any more: click ends the command without a word
 
 
-def _first(group: "BaseExceptionGroup[AgentError]") -> "AgentError":
+def _first(error: BaseException) -> BaseException:
     """Any of the errors that a nursery gathered; the others say the same or follow from it."""
-    inner = group.exceptions[0]
-    return _first(inner) if isinstance(inner, BaseExceptionGroup) else inner
+    return _first(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
 
 
 def _tell(error: "AgentError") -> None:

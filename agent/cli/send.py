@@ -26,19 +26,30 @@ def _pair(_ctx: click.Context, _parameter: click.Parameter, texts: tuple[str, ..
 
     found: dict[str, object] = {}
     for text in texts:
-        name, equals, value = text.partition("=")
+        name, equals, value = (_utf8(_ctx, _parameter, text) or "").partition("=")
         if not (name and equals):
             raise click.BadParameter(f"{text!r} is not key=value")
         try:
             found[name] = msgspec.json.decode(value)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, RecursionError):
             found[name] = value
     return found
 
 
+def _utf8(_ctx: click.Context, _parameter: click.Parameter, text: str | None) -> str | None:
+    """An argument as it is; bytes that are not UTF-8 cannot be told in JSON."""
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError:
+        raise click.BadParameter(f"{text!r} is not UTF-8") from None
+    return text
+
+
 @click.command()
-@click.argument("event", required=False)
-@click.option("--distinct-id", metavar="ID", help="Whose event it is [default: this host's name].")
+@click.argument("event", required=False, callback=_utf8)
+@click.option(
+    "--distinct-id", metavar="ID", callback=_utf8, help="Whose event it is [default: this host's name]."
+)
 @click.option("-p", "properties", metavar="KEY=VALUE", multiple=True, callback=_pair, help="A property.")
 @click.option("--stdin", "from_stdin", is_flag=True, help="Send events from stdin, a JSON object a line.")
 @click.option("--socket", "path", metavar="PATH", help="The agent's unix_stream socket.")
@@ -74,8 +85,12 @@ def command(
             click.echo(f"capture-agent: {path}: no permission to send there", err=True)
             click.echo("  try: as a member of the socket's group", err=True)
             raise SystemExit(1) from None
-        except OSError:
+        except (FileNotFoundError, ConnectionRefusedError):
             raise not_running(path) from None
+        except OSError as error:
+            click.echo(f"capture-agent: {path}: {error.strerror or error}", err=True)
+            click.echo("  try: the path of one of the agent's unix_stream sources", err=True)
+            raise SystemExit(1) from None
         sock.settimeout(PATIENCE_SECONDS)
         raise SystemExit(_send(_Sending(sock), lines, bar=from_stdin and sys.stderr.isatty()))
 

@@ -120,12 +120,14 @@ def _project(project: Document, escape: Any) -> Iterator[str]:
 
 
 def _books(books: Document) -> str:
-    shed = sum(books["shed"].values())
+    door = sum(books["shed"].get(reason, 0) for reason in ("full_newest", "shutdown"))
+    shed = sum(books["shed"].values()) - door
     verdict = "[green]the books balance[/]" if books["balanced"] else "[yellow]under way[/]"
     return (
         f"[bold]books[/] received {books['received']:,} = accepted {books['accepted']:,}"
-        f" + rejected {books['rejected']:,}; delivered {books['delivered']:,}, dead {books['dead']:,},"
-        f" shed {shed:,}, buffered {books['buffered']:,}: {verdict}"
+        f" + rejected {books['rejected']:,} + shed at the door {door:,};"
+        f" delivered {books['delivered']:,}, dead {books['dead']:,}, shed {shed:,},"
+        f" buffered {books['buffered']:,}: {verdict}"
     )
 
 

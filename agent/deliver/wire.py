@@ -130,7 +130,8 @@ CONNECTION = frozenset({"connection", "expect", "keep-alive", "te", "trailer", "
 
 def headers(configured: Mapping[str, str], compression: Compression) -> dict[str, str]:
     """The request's headers: the configured ones, and ours where they would change how the body is read."""
-    ours = {"User-Agent": f"capture-agent/{__version__}"}
+    # An answer is a line, and read without being opened.
+    ours = {"User-Agent": f"capture-agent/{__version__}", "Accept-Encoding": "identity"}
     named = {name.lower() for name in configured}
     chosen = {name: value for name, value in ours.items() if name.lower() not in named}
     chosen |= {name: value for name, value in configured.items() if name.lower() not in FRAMING | CONNECTION}
