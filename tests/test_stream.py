@@ -13,6 +13,10 @@ import trio
 import trio.lowlevel
 from sources import line, stream, taking
 
+from agent.accept.putter import Offered, Outcome
+from agent.buffer import Limits
+from agent.events import Cut, Instant, Read
+
 ASK = b'{"ack":true}\n'
 
 
@@ -28,6 +32,35 @@ async def read_lines(connected: trio.SocketStream) -> list[dict[str, object]]:
     async for some in connected:
         text += some
     return [msgspec.json.decode(one) for one in text.splitlines()]
+
+
+async def test_a_flood_becomes_full_chunks_and_nobody_notices(tmp_path: Path) -> None:
+    """Reads are split where a chunk is full; line numbers and totals stay those of the client."""
+    count, every = 10_000, 701
+    lines = [line(number) if number % every else b"nonsense\n" for number in range(1, count + 1)]
+    async with taking(stream(tmp_path, ack=True)) as taken, client(taken.source.address) as sender:
+        await sender.send_all(b"".join(lines))
+        await sender.send_eof()
+        told = await read_lines(sender)
+        assert [one["line"] for one in told if "error" in one] == list(range(every, count + 1, every))
+        assert told[-1] == {"accepted": count - count // every, "rejected": count // every}
+        sizes = []
+        while (lease := await taken.buffer.take(Limits(1, 1), "default")) is not None:
+            sizes += [chunk.events for chunk in lease.chunks]
+        assert sum(sizes) == count - count // every
+        assert max(sizes) <= 1000
+        assert len(sizes) <= 15
+
+
+def test_a_part_of_a_read_comes_later_than_the_lines_before_it() -> None:
+    """Its events are stamped from then on, a microsecond a line, as if it had not been split."""
+    cut = Cut("truncated", "d")
+    offered = Offered(Read(b"a\n\nb\nc\n", Instant(10, 20, "boot"), cut))
+    assert offered.split(3) == Read(b"a\n\nb\n", Instant(10, 20, "boot"))
+    assert (offered.read, offered.lines) == (Read(b"c\n", Instant(13, 23, "boot"), cut), 1)
+    offered.add(Outcome(2, [(1, "malformed_json")]))
+    offered.add(Outcome(2, [(0, "bad_uuid"), (1, "truncated")]))
+    assert offered.outcome == Outcome(4, [(1, "malformed_json"), (2, "bad_uuid"), (3, "truncated")])
 
 
 async def test_lines_become_events(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import trio
 
 from agent.buffer import Buffer
-from agent.events import CHUNK_BYTES, Instant, Read, Reject, Tally
+from agent.decode.ndjson import count_byte
+from agent.events import CHUNK_BYTES, CHUNK_EVENTS, Instant, Read, Reject, Tally
 from agent.texts import RANDOM_BITS
 from agent.vouch import Decoded, Door
 
@@ -36,12 +37,39 @@ class Outcome(NamedTuple):
 
 
 class Offered:
-    """A read on its way; `outcome` is there once `settled` is set."""
+    """A read on its way; `outcome` is there once `settled` is set.
+
+    `read` is what of it is not yet gathered for a put, `lines` about how many lines that has.
+    """
 
     def __init__(self, read: Read) -> None:
         self.read = read
+        self.lines = count_byte(read.lines, b"\n")
         self.settled = trio.Event()
-        self.outcome: Outcome | None = None
+        self.outcome = Outcome(0, ())
+
+    def split(self, lines: int) -> Read:
+        """Take the first `lines` off; what is left comes as much later as it has lines before it."""
+        read = self.read
+        size = len(read.lines) - len(read.lines.split(b"\n", lines)[lines])
+        at = read.at._replace(wall=read.at.wall + lines, monotonic=read.at.monotonic + lines)
+        self.read = Read(read.lines[size:], at, read.cut)
+        self.lines -= lines
+        return Read(read.lines[:size], read.at)
+
+    def add(self, outcome: Outcome) -> None:
+        """What became of its next part."""
+        before = self.outcome.lines
+        later = [(before + line, reason) for line, reason in outcome.refused]
+        self.outcome = Outcome(before + outcome.lines, [*self.outcome.refused, *later])
+
+
+class Part(NamedTuple):
+    """A whole read or a part of one, gathered for a put."""
+
+    offered: Offered
+    read: Read
+    last: bool
 
 
 class Refusal(NamedTuple):
@@ -60,6 +88,7 @@ class Putter:
         self._source = source
         self._door = door
         self._buffer = buffer
+        self._even = min(door.rules.max_batch_events, CHUNK_EVENTS)
         self._offers: deque[Offered] = deque()
         self._held = 0
         self._urgent = False
@@ -109,34 +138,48 @@ class Putter:
                 continue
             await self._put(await self._gather())
 
-    async def _gather(self) -> list[Offered]:
-        """The reads of the next put."""
+    async def _gather(self) -> list[Part]:
+        """What the next put takes; where more waits than fills a chunk, chunks that are full."""
         if not self._urgent and not self._closing and self._held < ENOUGH_BYTES:
             self._enough = trio.Event()
             with trio.move_on_after(COMPANY_SECONDS):
                 await self._enough.wait()
-        gathered = [self._offers.popleft()]
-        size = len(gathered[0].read.lines)
-        while self._offers and size + len(self._offers[0].read.lines) <= MOST_BYTES:
-            gathered.append(self._offers.popleft())
-            size += len(gathered[-1].read.lines)
+        gathered: list[Part] = []
+        size = lines = 0
+        while self._offers and (not gathered or size + len(self._offers[0].read.lines) <= MOST_BYTES):
+            offered = self._offers.popleft()
+            gathered.append(Part(offered, offered.read, last=True))
+            size += len(offered.read.lines)
+            lines += offered.lines
+        if lines > self._even:
+            self._give_back(gathered, lines % self._even)
         if not self._offers:
             self._urgent = False
         return gathered
 
-    async def _put(self, gathered: Sequence[Offered]) -> None:
+    def _give_back(self, gathered: list[Part], lines: int) -> None:
+        """Leave the last lines for the next put: a request costs the same for a chunk that is not full."""
+        while lines and lines >= gathered[-1].offered.lines:
+            offered = gathered.pop().offered
+            self._offers.appendleft(offered)
+            lines -= offered.lines
+        if lines:
+            offered = gathered.pop().offered
+            gathered.append(Part(offered, offered.split(offered.lines - lines), last=False))
+            self._offers.appendleft(offered)
+
+    async def _put(self, gathered: Sequence[Part]) -> None:
         """One put, from lines to books."""
-        reads = [offered.read for offered in gathered]
+        reads = [part.read for part in gathered]
         decoded = self._door.vouch(reads, self._random.getrandbits(RANDOM_BITS))
         if decoded.tally.received:
             events = sum(chunk.events for chunk in decoded.chunks)
             taken = await self._buffer.put(decoded.chunks, decoded.tally)
-            self._remember(decoded.rejects, gathered[0].read.at)
+            self._remember(decoded.rejects, reads[0].at)
             _tell(gathered, decoded, shed=taken < events)
         else:
             _tell(gathered, decoded, shed=False)
-        for offered in gathered:
-            self._held -= len(offered.read.lines)
+        self._held -= sum(len(read.lines) for read in reads)
         self._room.set()
         self._room = trio.Event()
 
@@ -145,16 +188,17 @@ class Putter:
             self.recent.append(Refusal(at.wall, self._source, reject.reason, reject.sample))
 
 
-def _tell(gathered: Sequence[Offered], decoded: Decoded, *, shed: bool) -> None:
+def _tell(gathered: Sequence[Part], decoded: Decoded, *, shed: bool) -> None:
     """Give each read its own part of what became of all of them."""
     refused: list[list[tuple[int, str]]] = [[] for _ in gathered]
     for reject in decoded.rejects:
         refused[reject.read].append((reject.line, reject.reason))
-    for number, offered in enumerate(gathered):
+    for number, part in enumerate(gathered):
         lines = decoded.lines[number]
         reasons = refused[number]
         if shed:
             known = dict(reasons)
             reasons = [(line, known.get(line, "buffer_full")) for line in range(lines)]
-        offered.outcome = Outcome(lines, reasons)
-        offered.settled.set()
+        part.offered.add(Outcome(lines, reasons))
+        if part.last:
+            part.offered.settled.set()

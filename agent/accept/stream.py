@@ -202,7 +202,7 @@ class Connection:
             while self._offered:
                 offered = self._offered.popleft()
                 await offered.settled.wait()
-                if offered.outcome is not None and self._acks is not None:
+                if self._acks is not None:
                     self._acks.add(offered.outcome)
             if self._ended:
                 if self._acks is not None:
