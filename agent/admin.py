@@ -7,12 +7,15 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import msgspec
-from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import choose_encoder
+from prometheus_client import CollectorRegistry, exposition
+from prometheus_client.openmetrics import exposition as openmetrics
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
+
+# Who accepts it gets it; anybody else Prometheus' own text format.
+OPENMETRICS = "application/openmetrics-text"
 
 
 class View(NamedTuple):
@@ -27,8 +30,9 @@ def make_app(view: View, *, private: bool) -> Starlette:
     """The ASGI app; `private` where only the socket's group can ask."""
 
     async def metrics(request: Request) -> Response:
-        encode, content_type = choose_encoder(request.headers.get("accept", ""))
-        return Response(encode(view.registry), headers={"Content-Type": content_type})
+        form = openmetrics if OPENMETRICS in request.headers.get("accept", "") else exposition
+        text = form.generate_latest(view.registry)
+        return Response(text, headers={"Content-Type": form.CONTENT_TYPE_LATEST})
 
     async def livez(_request: Request) -> Response:
         return PlainTextResponse("ok\n")

@@ -13,6 +13,7 @@ from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+import msgspec
 import structlog
 import trio
 
@@ -22,7 +23,8 @@ from agent.buffer import Buffer
 from agent.buffer.memory import open_memory
 from agent.buffer.sqlite import open_sqlite
 from agent.clock import Clock
-from agent.config import Admin, Config
+from agent.config import Admin, Config, UnixStream
+from agent.config import Source as Settings
 from agent.memory import keep_freed, settle_in
 from agent.metrics import Metrics
 
@@ -38,6 +40,9 @@ DRAIN_SECONDS = 1.2  # to deliver what is there
 STOP_SECONDS = 3.7  # all of these together
 
 ADMIN_MODE = 0o660
+
+# Descriptors that clients may not have: some 20 are the agent's own, the others are for who looks at it.
+KEPT_DESCRIPTORS = 48
 
 
 class Agent:
@@ -55,7 +60,7 @@ class Agent:
     async def run(self) -> None:
         """Take events and deliver them until `stop` is set. Raises `AgentError` where it cannot start."""
         keep_freed()
-        _raise_descriptor_limit()
+        self.config = _with_descriptors(self.config, _raise_descriptor_limit())
         try_ways_out(self.config)
         with ExitStack() as stack:
             sockets = [stack.enter_context(bound(settings)) for settings in self.config.sources]
@@ -88,7 +93,7 @@ class Agent:
                 for source in self.sources:
                     accepting.start_soon(source.run, self.stop)
                 places = [f"{source.settings.name} at {source.address}" for source in self.sources]
-                log.info("ready", sources=", ".join(places))
+                log.info("ready", sources=", ".join(places), buffer=self.config.buffer.path)
                 self.ready.set()
                 outside = await self._load_outside(buffer)
                 await delivering.start(outside.deliver)
@@ -131,8 +136,11 @@ async def _close_door(buffer: Buffer, accepting: trio.CancelScope) -> None:
 
 
 async def run_until_signalled(agent: Agent) -> None:
-    """Run until SIGTERM or SIGINT, then stop in order; a second signal leaves at once."""
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    """Run until SIGTERM, SIGINT or SIGHUP (its terminal was closed), then stop in order.
+
+    A second signal leaves at once.
+    """
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         async with trio.open_nursery() as nursery:
 
             async def obey() -> None:
@@ -160,8 +168,32 @@ def _page_sockets(admin: Admin) -> Iterator[list[tuple[socket.socket, bool]]]:
         yield pages
 
 
-def _raise_descriptor_limit() -> None:
+def _raise_descriptor_limit() -> int:
     """Each connection needs a descriptor; the usual soft limit is 1,024, below a source's own default."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
+
+
+def _with_descriptors(config: Config, limit: int) -> Config:
+    """The configuration with no more clients than there are descriptors for, beside delivery's and our own.
+
+    Else clients that stay would keep events from being delivered, and people from seeing why.
+    """
+    streams = sum(isinstance(source, UnixStream) for source in config.sources)
+    kept = KEPT_DESCRIPTORS + sum(project.delivery.concurrency for project in config.projects)
+    room = max(1, (limit - kept) // max(1, streams))
+
+    def within(source: Settings) -> Settings:
+        if isinstance(source, UnixStream) and source.max_connections > room:
+            log.warning(
+                "the limit on open files allows fewer clients at once than max_connections; more will wait",
+                source=source.name,
+                clients=room,
+                hint="raise it: LimitNOFILE= in the unit, or ulimit -n",
+            )
+            return msgspec.structs.replace(source, max_connections=room)
+        return source
+
+    return msgspec.structs.replace(config, sources=tuple(map(within, config.sources)))

@@ -189,7 +189,7 @@ def default_paths(
     env: Mapping[str, str], *, runtime_writable: bool, state_writable: bool, uid: int, tmp: str
 ) -> Paths:
     """systemd's folders, else the system's where they are writable, else the user's own."""
-    home = env.get("HOME", f"{tmp}/capture-agent-{uid}")
+    home = env.get("HOME") or f"{tmp}/capture-agent-{uid}"
     user_runtime = env.get("XDG_RUNTIME_DIR")
     own_runtime = f"{user_runtime}/capture-agent" if user_runtime else f"{tmp}/capture-agent-{uid}"
     own_state = f"{env.get('XDG_STATE_HOME') or f'{home}/.local/state'}/capture-agent"
@@ -197,5 +197,6 @@ def default_paths(
     state = "/var/lib/capture-agent" if state_writable else own_state
     # systemd separates several folders by colons; the first is ours.
     return Paths(
-        env.get("RUNTIME_DIRECTORY", runtime).split(":")[0], env.get("STATE_DIRECTORY", state).split(":")[0]
+        (env.get("RUNTIME_DIRECTORY") or runtime).split(":")[0],
+        (env.get("STATE_DIRECTORY") or state).split(":")[0],
     )

@@ -74,14 +74,17 @@ class _Reading:
         self._mistakes: list[str] = []
         self._overrides = self._from_environment()
         self._variables: list[str] = []  # the names that mean something in the environment
+        self._used: set[str] = set()
 
     def config(self, document: Table) -> Config:
         """Everything, or one `ConfigError` for all that is wrong."""
         self._refuse_unknown(document, SECTIONS, "")
-        delivery = self._table(document.get("delivery", {}), "delivery")
+        shared = self._table(document.get("delivery", {}), "delivery")
+        delivery = self._overridden(Delivery, shared, "delivery.", "delivery")
+        listed = self._listed(document.get("project", {}), "project", ("default",))
         projects = [
-            self._project(table, where, name, delivery)
-            for table, where, name in self._listed(document.get("project", {}), "project", ("default",))
+            self._project(table, where, name, delivery, first=number == 0)
+            for number, (table, where, name) in enumerate(listed)
         ]
         sources = [
             self._source(table, where, name, [project.name for project in projects])
@@ -99,11 +102,12 @@ class _Reading:
         )
         for where, wrong in checks.of_whole(config):
             self._wrong(where, wrong)
-        for name in self._overrides:
+        for name in self._overrides.keys() - self._used:
             hint = _suggestion(name, self._variables)
             self._mistakes.append(f"environment: {name}: no such setting{hint}")
         if self._mistakes:
-            raise ConfigError("\n".join(self._mistakes), "`capture-agent check` shows the settings in force")
+            mistakes = "\n".join(dict.fromkeys(self._mistakes))
+            raise ConfigError(mistakes, "`capture-agent check` shows the settings in force")
         return config
 
     def _wrong(self, where: str, what: str) -> None:
@@ -117,18 +121,22 @@ class _Reading:
     # --- the environment ---------------------------------------------------------------------------
 
     def _from_environment(self) -> dict[str, str]:
-        """What the environment sets, by name; what is used is taken out of it."""
+        """What the environment sets, by name."""
         return {name: text for name, text in self._around.env.items() if name.startswith(PREFIX)}
+
+    def _override(self, name: str) -> str | None:
+        """What a variable says, where it is set."""
+        self._variables.append(name)
+        self._used.add(name)
+        return self._overrides.get(name)
 
     def _overridden(self, kind: type[Settings], table: Table, where: str, section: str) -> dict[str, Any]:
         """The table with what the environment says instead."""
         merged = dict(table)
         for field in msgspec.structs.fields(kind):
-            name = f"{PREFIX}{section}__{field.name}".upper().replace("-", "_").replace(".", "_")
-            self._variables.append(name)
-            if name not in self._overrides:
+            name = _variable(section, field.name)
+            if (text := self._override(name)) is None:
                 continue
-            text = self._overrides.pop(name)
             if _written_as_text(field.type):
                 merged[field.name] = text
                 continue
@@ -186,26 +194,26 @@ class _Reading:
 
     # --- projects and sources ----------------------------------------------------------------------
 
-    def _project(self, table: Table, where: str, name: str, delivery: Table) -> Project:
+    def _project(self, table: Table, where: str, name: str, delivery: Table, *, first: bool) -> Project:
         own = self._table(table.get("delivery", {}), f"{where}.delivery")
         rest = {key: value for key, value in table.items() if key not in {"delivery", "api_key"}}
         section = "project" if where == "project" else f"project__{name}"
-        short, long = PREFIX + "API_KEY", f"{PREFIX}{section}__API_KEY".upper()
-        given: object = table.get("api_key")
-        if name == "default" or where == "project":
-            if (host := self._overrides.pop(PREFIX + "HOST", None)) is not None:
+        short, long = PREFIX + "API_KEY", _variable(section, "api_key")
+        given: object = self._override(long)
+        if first:
+            if (host := self._override(PREFIX + "HOST")) is not None:
                 rest["host"] = host
-            given = self._overrides.pop(short, given)
-        given = self._overrides.pop(long, given)
+            given = self._override(short) if given is None else given
+        given = table.get("api_key") if given is None else given
         project = self._struct(Project, rest, where, section)
         return msgspec.structs.replace(
             project,
-            api_key=self._key(given, where, short) if self._keys else None,
+            api_key=self._key(given, where, short if first else long) if self._keys else None,
             delivery=self._struct(
                 Delivery,
                 {**delivery, **own},
                 f"{where}.delivery" if own else "delivery",
-                f"{section}__delivery" if own else "delivery",
+                f"{section}__delivery",
             ),
         )
 
@@ -240,6 +248,7 @@ class _Reading:
                     f"systemd passed no credentials (LoadCredential={name}:... in the unit passes this one)",
                 )
             case {"env": str(name), **rest} if not rest:
+                self._used.add(name)
                 if text := self._around.env.get(name):
                     return text
                 self._wrong(where, f"the environment variable {name} is not set")
@@ -275,6 +284,11 @@ class _Reading:
             self._wrong(f"{where}.project", f"there is no project {source.project!r}{close}")
         default = source.distinct_id.replace("{hostname}", self._around.hostname)
         return msgspec.structs.replace(source, distinct_id=default)
+
+
+def _variable(section: str, name: str) -> str:
+    """The environment's name for a setting."""
+    return f"{PREFIX}{section}__{name}".upper().replace("-", "_").replace(".", "_")
 
 
 def _secret(kind: type, value: object) -> object:

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -106,12 +106,12 @@ def configure(folder: Path, url: str, more: str = "") -> Path:
 
 
 @asynccontextmanager
-async def running(config: Path) -> AsyncIterator[Running]:
-    """A ready agent for a block; what is left of it at the end is killed."""
+async def running(config: Path, before: Sequence[str] = ()) -> AsyncIterator[Running]:
+    """A ready agent for a block; what is left of it at the end is killed. `before`: what runs it."""
     folder = config.parent
     with (folder / "log").open("ab") as log:
         process = await trio.lowlevel.open_process(
-            [*COMMAND, "run", "--config", str(config)], stdout=log, stderr=log, env=ENVIRONMENT
+            [*before, *COMMAND, "run", "--config", str(config)], stdout=log, stderr=log, env=ENVIRONMENT
         )
     agent = Running(process, folder)
     try:

@@ -131,6 +131,31 @@ async def test_a_post_arrives_and_its_reply_comes_back() -> None:
     assert body == b"x" * 300_000
 
 
+async def test_an_answer_before_the_body_is_no_acceptance() -> None:
+    """A server that says 200 to what it never read has taken nothing; a refusal it may give at once."""
+
+    async def hasty(stream: trio.SocketStream) -> None:
+        await stream.receive_some(100)
+        await stream.send_all(told)
+        await stream.aclose()
+
+    async with trio.open_nursery() as nursery:
+        url = f"http://127.0.0.1:{await listening(nursery, hasty)}/batch/"
+        told = OK
+        reply = await post(url, body=b"x" * 20_000_000)
+        assert isinstance(reply, Retry)
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_redirect_to_no_address_is_a_redirect() -> None:
+    """httpx trips over it; for us the host is wrong, and nothing is tried again at once."""
+    reply = answer("302 Found", b"", "Location: http://[::1/")
+    async with serving(answering(reply)) as server:
+        refused = await post(server.url)
+    assert isinstance(refused, Refused)
+    assert refused.hold == "host"
+
+
 async def test_a_connection_serves_many_posts() -> None:
     """One after the other they share a connection, and no cookie binds them to a server."""
     async with serving(answering(answer("200 OK", b"ok", "Set-Cookie: pod=7; Path=/"))) as server:

@@ -325,6 +325,40 @@ def test_a_variable_that_is_none_is_told_a_real_one(name: str) -> None:
     assert "did you mean CAPTURE_AGENT_BUFFER__" in told[0]
 
 
+def test_the_environment_reaches_every_project() -> None:
+    """What is said for `[delivery]` holds for all; a project's own delivery, or variable, goes before it."""
+    text = (
+        "[[project]]\nname = 'a'\n[[project]]\nname = 'b-1'\napi_key = 'phc_b'\n"
+        "delivery = { linger = '2 s' }\n[[project]]\nname = 'c'\napi_key = { env = 'CAPTURE_AGENT_KEY_C' }\n"
+    )
+    env = {
+        "CAPTURE_AGENT_API_KEY": "phc_a",
+        "CAPTURE_AGENT_HOST": "http://10.0.0.1",
+        "CAPTURE_AGENT_KEY_C": "phc_c",
+        "CAPTURE_AGENT_DELIVERY__LINGER": "9 s",
+        "CAPTURE_AGENT_DELIVERY__PROXY": "http://10.0.0.9:3128",
+        "CAPTURE_AGENT_PROJECT__B_1__DELIVERY__TIMEOUT": "7 s",
+        "CAPTURE_AGENT_PROJECT__B_1__HOST": "http://10.0.0.2",
+    }
+    first, second, third = read(text, env).projects
+    assert [project.api_key for project in (first, second, third)] == [
+        Secret("phc_a"),
+        Secret("phc_b"),
+        Secret("phc_c"),
+    ]
+    assert (first.host, second.host) == ("http://10.0.0.1", "http://10.0.0.2")
+    assert [project.delivery.linger for project in (first, second, third)] == [9.0, 2.0, 9.0]
+    assert {project.delivery.proxy for project in (first, second, third)} == {Secret("http://10.0.0.9:3128")}
+    assert [project.delivery.timeout for project in (first, second)] == [30.0, 7.0]
+
+
+def test_a_missing_key_names_the_variable_that_would_be_taken() -> None:
+    """Of the second project it is not the short one."""
+    text = "[[project]]\nname = 'a'\napi_key = 'phc_a'\n[[project]]\nname = 'b'\n"
+    [told] = mistakes(text)
+    assert told.endswith("or into the environment as CAPTURE_AGENT_PROJECT__B__API_KEY")
+
+
 def test_the_environment_overrides() -> None:
     """CAPTURE_AGENT_ and the path in capitals set anything, over what the file says."""
     text = f"{KEY}[buffer]\nmax_size = '2 GiB'\n[[source]]\nkind = 'udp'\nname = 'edge-1'\n"
@@ -435,6 +469,7 @@ def test_paths_without_a_file() -> None:
         return default_paths(env, runtime_writable=system, state_writable=system, uid=1000, tmp="/tmp")
 
     assert here({}, system=True) == SYSTEM
+    assert here({"RUNTIME_DIRECTORY": "", "STATE_DIRECTORY": ""}, system=True) == SYSTEM
     assert here({"HOME": "/home/a"}, system=False) == Paths(
         "/tmp/capture-agent-1000", "/home/a/.local/state/capture-agent"
     )

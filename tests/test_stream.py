@@ -2,8 +2,9 @@
 
 import socket
 import struct
+import tracemalloc
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 
@@ -50,6 +51,21 @@ async def test_a_flood_becomes_full_chunks_and_nobody_notices(tmp_path: Path) ->
         assert sum(sizes) == count - count // every
         assert max(sizes) <= 1000
         assert len(sizes) <= 15
+
+
+async def test_idle_clients_keep_nothing(tmp_path: Path) -> None:
+    """What an idle client has sent is in the buffer, and nowhere else."""
+    async with taking(stream(tmp_path)) as taken, AsyncExitStack() as clients:
+        tracemalloc.start()
+        try:
+            for _ in range(30):
+                sender = await clients.enter_async_context(client(taken.source.address))
+                await sender.send_all(line(properties={"long": "x" * 1000}) * 150)
+            await taken.settled(30 * 150)
+            held = tracemalloc.get_traced_memory()[0]
+        finally:
+            tracemalloc.stop()
+        assert held < 1.5 * 2**20
 
 
 def test_a_part_of_a_read_comes_later_than_the_lines_before_it() -> None:

@@ -144,7 +144,9 @@ class Connection:
                 self._finish(clean=not self._source.stopping)
                 return
             self._feed(data)
-            if self._acks is None and len(data) < SMALL_BYTES:
+            few = len(data) < SMALL_BYTES
+            del data  # or every idle client would keep its last read
+            if self._acks is None and few:
                 await trio.sleep(SMALL_PAUSE)
 
     def _feed(self, data: bytes) -> None:

@@ -64,12 +64,16 @@ class DeadEvent(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Lease(msgspec.Struct, frozen=True, kw_only=True, eq=False):
-    """Chunks taken from the buffer and neither settled nor released; dies with the process."""
+    """Chunks taken from the buffer and neither settled nor released; dies with the process.
+
+    At the time `until` (µs) the oldest of them reaches `max_age`: then it is to be given back, and shed.
+    """
 
     project: str
     key: str | None
     chunks: tuple[Chunk, ...]
     ids: tuple[int, ...]
+    until: int | None = None
 
 
 class Stats(NamedTuple):

@@ -135,7 +135,9 @@ class MemoryBuffer:
                 self._lanes.lease(lane, ids)
                 self._available[project] -= sum(chunk.events for chunk in chunks)
                 self._show()
-                return Lease(project=project, key=lane[1], chunks=chunks, ids=tuple(ids))
+                age = int(self._settings.max_age * 1_000_000)
+                until = min(chunk.received_at for chunk in chunks) + age if age else None
+                return Lease(project=project, key=lane[1], chunks=chunks, ids=tuple(ids), until=until)
         return None
 
     def _fit(self, ids: Sequence[int], limits: Limits) -> list[int]:

@@ -234,7 +234,8 @@ class Store:
                 chunks = tuple(chunk_of(lane, row) for row in rows)
                 self._lanes.lease(lane, ids)
                 self.available[lane[0]] -= sum(chunk.events for chunk in chunks)
-                taking.lease = Lease(project=lane[0], key=lane[1], chunks=chunks, ids=tuple(ids))
+                until = min(chunk.received_at for chunk in chunks) + self._max_age if self._max_age else None
+                taking.lease = Lease(project=lane[0], key=lane[1], chunks=chunks, ids=tuple(ids), until=until)
                 return
 
     def _candidates(self, lane: Lane, queue: Queue, most: int) -> Iterator[tuple[int, int, int]]:

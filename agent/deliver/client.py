@@ -9,7 +9,7 @@ import logging
 import os
 import ssl
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import aclosing, suppress
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from types import TracebackType
@@ -65,6 +65,21 @@ class Reply(NamedTuple):
     body_start: bytes
 
 
+class _Body:
+    """A request's body; `sent` once all of it was handed to the kernel.
+
+    httpcore forgives a body that could not be written where an answer came all the same.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self.sent = False
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        yield self._data
+        self.sent = True
+
+
 class Client:
     """One project's connections, open for the length of an `async with`.
 
@@ -100,6 +115,11 @@ class Client:
                 return await self._post(url, body, headers)
             except httpx.ProxyError as error:
                 return _by_proxy(str(error))
+            except httpx.RemoteProtocolError as error:
+                # httpx reads a redirect's address though it does not go there.
+                if "location header" in str(error):
+                    return Refused("host", "redirected to what is no address")
+                return Retry(None, _reason(error))
             except (httpx.LocalProtocolError, httpx.UnsupportedProtocol, httpx.InvalidURL, ValueError):
                 # Without its text: h11's names the header's value, which may be a secret.
                 return Refused("host", "the address or a configured header cannot be sent as HTTP")
@@ -107,9 +127,13 @@ class Client:
                 return Retry(None, _reason(error))
         return Retry(None, f"no answer within {self._timeout:g} s")
 
-    async def _post(self, url: str, body: bytes, headers: Mapping[str, str]) -> Reply:
+    async def _post(self, url: str, body: bytes, headers: Mapping[str, str]) -> Reply | Retry:
         # A request of our own: the client's would be merged with defaults at a fifth of what a request costs.
-        request = httpx.Request("POST", url, content=body, headers=dict(headers), extensions=self._extensions)
+        content = _Body(body)
+        size = {"Content-Length": str(len(body))}
+        request = httpx.Request(
+            "POST", url, content=content, headers={**headers, **size}, extensions=self._extensions
+        )
         response = await self._http.send(request, stream=True)
         start = bytearray()
         async with aclosing(response):
@@ -119,6 +143,8 @@ class Client:
                     start += part
                     if len(start) >= BODY_START:
                         break
+        if response.is_success and not content.sent:
+            return Retry(None, "answered before the batch was sent, which it then cannot have taken")
         told = {name.lower(): value for name, value in response.headers.items()}
         return Reply(response.status_code, told, _readable(bytes(start[:BODY_START]), told))
 

@@ -3,6 +3,7 @@
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from math import inf
 from typing import NamedTuple, Protocol
 
 import structlog
@@ -94,7 +95,7 @@ class Delivery:
             async with leased(self._buffer, lease):
                 shipment = Shipment(lease.chunks, self._most_events(), self._largest)
                 try:
-                    await self._ship(shipment)
+                    await self._ship(shipment, lease.until)
                 finally:
                     shipment.stop()
                     if shipment.progressed:
@@ -132,10 +133,10 @@ class Delivery:
 
     # --- one shipment ------------------------------------------------------------------------------
 
-    async def _ship(self, shipment: Shipment) -> None:
-        """Ask until the shipment is over; a retry is asked again when the pace allows."""
+    async def _ship(self, shipment: Shipment, until: int | None) -> None:
+        """Ask until the shipment is over or too old; a retry is asked again when the pace allows."""
         while (batch := shipment.next_batch()) is not None:
-            leave = await self._admitted()
+            leave = await self._admitted(until)
             if leave is None:
                 return
             verdict: wire.Verdict | None = None
@@ -210,12 +211,16 @@ class Delivery:
             if not await self._patient(wait):
                 return False
 
-    async def _admitted(self) -> Pass | None:
-        """Leave for one request; None when the draining is over before there is one."""
+    async def _admitted(self, until: int | None) -> Pass | None:
+        """Leave for one request; None when the draining, or the events' time (µs), is over before."""
         while True:
+            left = inf if until is None else (until - self._now().wall) / 1_000_000
+            if left <= 0:
+                return None
             leave = self.pace.admit(trio.current_time())
             if isinstance(leave, Pass):
                 return leave
+            leave = min(leave, left)
             if not await self._patient(leave):
                 return None
 

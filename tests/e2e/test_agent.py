@@ -183,6 +183,48 @@ async def test_a_full_buffer_and_a_stop(tmp_path: Path) -> None:
             assert status["books"]["delivered"] >= flood.accepted
 
 
+async def test_events_grow_too_old_during_an_outage(tmp_path: Path) -> None:
+    """`max_age` holds for those that a worker tries to deliver all the while."""
+    sink = Sink(script=lambda _request: Reply(503))
+    more = f'[buffer]\npath = "{tmp_path}/buffer.db"\nmax_age = "1 s"'
+    async with serving(sink) as url, running(configure(tmp_path, url, more)) as agent:
+        run("send", "--stdin", "--socket", agent.stream, text=line().decode() * 50)
+        await sink.wait_until(lambda: sink.requests > 0)
+        status = await agent.until(buffered=0)
+        assert status["books"]["shed"] == {"expired": 50}
+        assert status["books"]["balanced"]
+
+
+async def test_clients_leave_descriptors_for_delivery(tmp_path: Path) -> None:
+    """With few open files allowed, clients that stay wait their turn; delivery and the pages go on."""
+    few = ("sh", "-c", 'ulimit -n 80; exec "$@"', "sh")
+    async with serving(Sink()) as url, running(configure(tmp_path, url), before=few) as agent:
+        clients = [socket.socket(socket.AF_UNIX) for _ in range(100)]
+        for client in clients:
+            client.connect(agent.stream)
+            client.sendall(line())
+        status = await agent.status()
+        taken = status["sources"][0]["connections"]
+        assert 0 < taken < 30
+        status = await agent.until(delivered=taken)
+        for client in clients:
+            client.close()
+        await agent.until(delivered=100)
+        assert "raise it: LimitNOFILE=" in agent.log()
+
+
+async def test_a_closed_terminal_is_a_stop_in_order(tmp_path: Path) -> None:
+    """SIGHUP loses nothing that was sent."""
+    async with serving(Sink()) as url, running(configure(tmp_path, url)) as agent:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(agent.stream)
+            client.sendall(line() * 100)
+            agent.send(signal.SIGHUP)
+            assert await agent.process.wait() == 0
+    with sqlite3.connect(tmp_path / "buffer.db") as database:
+        assert database.execute("SELECT total FROM books WHERE joint = 'received'").fetchone() == (100,)
+
+
 async def test_a_second_agent_is_told(tmp_path: Path) -> None:
     """The sockets and the buffer of a living agent are its own: a second one says so and exits."""
     async with serving(Sink()) as url:
@@ -252,6 +294,8 @@ async def test_metrics_say_what_the_books_say(tmp_path: Path) -> None:
             run("send", "--stdin", "--socket", agent.stream, text=line().decode() * 50 + "[]\n")
             await agent.until(delivered=50)
             metrics = await _scrape(agent.folder / "admin.sock")
+            for odd in ("application/openmetrics-text; version=x.y.z", "a/b;q=z", ","):
+                assert "events_received" in await _scrape(agent.folder / "admin.sock", odd)
     samples = Counter[str]()
     for sample in metrics.splitlines():
         if not sample.startswith("#"):
@@ -267,9 +311,11 @@ async def test_metrics_say_what_the_books_say(tmp_path: Path) -> None:
     assert prefix + 'events_dead_total{project="default",reason="rejected"} 0.0' in metrics
 
 
-async def _scrape(path: Path) -> str:
+async def _scrape(path: Path, accept: str = "*/*") -> str:
     import httpx
 
     transport = httpx.AsyncHTTPTransport(uds=str(path))
     async with httpx.AsyncClient(transport=transport) as client:
-        return (await client.get("http://agent/metrics")).text
+        answer = await client.get("http://agent/metrics", headers={"Accept": accept})
+    assert answer.status_code == 200
+    return answer.text
