@@ -1,5 +1,6 @@
 """Takes datagrams, many at a time: UDP and Unix datagram sockets."""
 
+import os
 import socket
 
 import trio
@@ -20,6 +21,10 @@ UNIX_BYTES = 1024 * 1024
 # 200,000 datagrams a second, 10 ms below 2,000, halve the CPU time.
 FEW, SEVERAL = 20, 256
 SHORT_PAUSE, LONG_PAUSE = 0.002, 0.010
+# The queue of a Unix socket holds 10 datagrams (net.unix.max_dgram_qlen), so in a flood its sender refills it
+# in less time than going to sleep and waking up would take: the reader steps aside and looks again. Measured
+# with none, 32 and 100 looks: 97,000, 131,000 and 150,000 events/s; 9.1, 6.8 and 6.6 CPU s per million.
+FLOOD, MOST_LOOKS = 5, 100
 # A smaller kernel buffer would overflow during a pause (1 MiB holds some 800 datagrams of 343 bytes).
 PAUSING_BUFFER = 1024 * 1024
 
@@ -80,12 +85,16 @@ class DatagramSource:
         follows them is told as the cut.
         """
         arena, view, slot, receive = self._arena, self._view, self._slot, self._sock.recv_into
-        count = end = 0
+        count = end = looks = 0
         while end < DRAIN_BYTES:
             try:
                 size = receive(view[end : end + slot], 0, socket.MSG_TRUNC)  # tells the size that it had
             except BlockingIOError:
-                break
+                if self._pausing or count < FLOOD or looks == MOST_LOOKS:
+                    break
+                looks += 1
+                os.sched_yield()
+                continue
             except OSError:  # an error of an earlier datagram (ICMP); the next ones are whole
                 continue
             count += 1
