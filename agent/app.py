@@ -27,6 +27,7 @@ from agent.config import Admin, Config, UnixStream
 from agent.config import Source as Settings
 from agent.memory import keep_freed, settle_in
 from agent.metrics import Metrics
+from agent.ways_out import try_ways_out
 
 if TYPE_CHECKING:
     from agent.outside import Outside
@@ -115,17 +116,6 @@ class Agent:
         module = await trio.to_thread.run_sync(import_module, "agent.outside")
         made: Outside = module.Outside(self.config, buffer, self.sources, self._metrics, self._clock)
         return made
-
-
-def try_ways_out(config: Config) -> None:
-    """Certificates and proxies that cannot be used are told now, not once events have been taken.
-
-    Raises `AgentError`.
-    """
-    for project in config.projects:
-        settings = project.delivery
-        if settings.ca_file or settings.client_cert or settings.proxy:
-            import_module("agent.deliver.client").Client(settings)
 
 
 async def _close_door(buffer: Buffer, accepting: trio.CancelScope) -> None:

@@ -74,7 +74,6 @@ class _Reading:
         self._mistakes: list[str] = []
         self._overrides = self._from_environment()
         self._variables: list[str] = []  # the names that mean something in the environment
-        self._used: set[str] = set()
 
     def config(self, document: Table) -> Config:
         """Everything, or one `ConfigError` for all that is wrong."""
@@ -102,9 +101,10 @@ class _Reading:
         )
         for where, wrong in checks.of_whole(config):
             self._wrong(where, wrong)
-        for name in self._overrides.keys() - self._used:
-            hint = _suggestion(name, self._variables)
-            self._mistakes.append(f"environment: {name}: no such setting{hint}")
+        for name in self._overrides:
+            if name not in self._variables:
+                hint = _suggestion(name, self._variables)
+                self._mistakes.append(f"environment: {name}: no such setting{hint}")
         if self._mistakes:
             mistakes = "\n".join(dict.fromkeys(self._mistakes))
             raise ConfigError(mistakes, "`capture-agent check` shows the settings in force")
@@ -127,7 +127,6 @@ class _Reading:
     def _override(self, name: str) -> str | None:
         """What a variable says, where it is set."""
         self._variables.append(name)
-        self._used.add(name)
         return self._overrides.get(name)
 
     def _overridden(self, kind: type[Settings], table: Table, where: str, section: str) -> dict[str, Any]:
@@ -248,7 +247,7 @@ class _Reading:
                     f"systemd passed no credentials (LoadCredential={name}:... in the unit passes this one)",
                 )
             case {"env": str(name), **rest} if not rest:
-                self._used.add(name)
+                self._variables.append(name)
                 if text := self._around.env.get(name):
                     return text
                 self._wrong(where, f"the environment variable {name} is not set")

@@ -7,7 +7,7 @@ from typing import Any
 
 from agent import __version__
 from agent.accept.source import Source
-from agent.buffer import Books, Buffer, Stats
+from agent.buffer import SHED_AT_THE_DOOR, Books, Buffer, Stats
 from agent.config import Config, Udp, UnixDatagram, UnixStream
 from agent.deliver.worker import Delivery
 
@@ -141,7 +141,7 @@ def balance(books: Books, buffered: int) -> Document:
         "replayed": _total(books, "replayed"),
         "buffered": buffered,
     }
-    at_the_door = shed.get("full_newest", 0) + shed.get("shutdown", 0)
+    at_the_door = sum(shed.get(reason, 0) for reason in SHED_AT_THE_DOOR)
     later = sum(shed.values()) - at_the_door
     came_in = document["received"] == document["accepted"] + document["rejected"] + at_the_door
     went_out = document["accepted"] + document["replayed"] == (

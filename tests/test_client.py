@@ -136,12 +136,11 @@ async def test_an_answer_before_the_body_is_no_acceptance() -> None:
 
     async def hasty(stream: trio.SocketStream) -> None:
         await stream.receive_some(100)
-        await stream.send_all(told)
+        await stream.send_all(OK)
         await stream.aclose()
 
     async with trio.open_nursery() as nursery:
         url = f"http://127.0.0.1:{await listening(nursery, hasty)}/batch/"
-        told = OK
         reply = await post(url, body=b"x" * 20_000_000)
         assert isinstance(reply, Retry)
         nursery.cancel_scope.cancel()

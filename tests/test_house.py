@@ -40,6 +40,7 @@ ROOMS = {
     "agent.sink": "sink",
     "agent.outside": "top",
     "agent.app": "top",
+    "agent.ways_out": "top",
     "agent.cli": "cli",
     "agent.__main__": "cli",
 }

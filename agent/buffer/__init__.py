@@ -17,6 +17,8 @@ from agent.events import Chunk, Tally
 
 Shed = Literal["full_oldest", "full_newest", "expired", "damaged", "shutdown"]
 SHED: tuple[Shed, ...] = Shed.__args__  # type: ignore[attr-defined]  # typing keeps the values there
+# Never accepted: these stand beside the rejected in the books, all others beside the delivered.
+SHED_AT_THE_DOOR: tuple[Shed, ...] = ("full_newest", "shutdown")
 
 # How long leaving a lease's block may shield itself from cancellation to release or settle it.
 PARTING_SECONDS = 1.0
@@ -149,6 +151,11 @@ async def leased(buffer: Buffer, lease: Lease) -> AsyncIterator[Lease]:
     finally:
         with trio.move_on_after(PARTING_SECONDS, shield=True):
             await buffer.release(lease)
+
+
+def too_old_at(chunks: Sequence[Chunk], max_age: int) -> int | None:
+    """When (µs) the oldest of the chunks reaches `max_age` (µs); None where 0 says that none is too old."""
+    return min(chunk.received_at for chunk in chunks) + max_age if max_age else None
 
 
 def entries_put(tally: Tally, taken: int, refused: int) -> Books:

@@ -21,6 +21,7 @@ from agent.buffer import (
     Stats,
     entries_put,
     entries_settle,
+    too_old_at,
 )
 from agent.buffer.lanes import Lanes
 from agent.buffer.waiting import Waiting
@@ -39,6 +40,7 @@ class MemoryBuffer:
 
     def __init__(self, settings: config.Buffer) -> None:
         self._settings = settings
+        self._max_age = int(settings.max_age * 1_000_000)
         self._chunks: dict[int, Chunk] = {}
         self._lanes = Lanes()
         self._last = 0
@@ -102,9 +104,9 @@ class MemoryBuffer:
         return self._bytes + size <= self._settings.max_size
 
     def _expire(self) -> None:
-        if not self._settings.max_age:
+        if not self._max_age:
             return
-        oldest = time.time_ns() // 1000 - int(self._settings.max_age * 1_000_000)
+        oldest = time.time_ns() // 1000 - self._max_age
         for ident, chunk in list(self._chunks.items()):
             if chunk.received_at >= oldest:
                 break
@@ -135,8 +137,7 @@ class MemoryBuffer:
                 self._lanes.lease(lane, ids)
                 self._available[project] -= sum(chunk.events for chunk in chunks)
                 self._show()
-                age = int(self._settings.max_age * 1_000_000)
-                until = min(chunk.received_at for chunk in chunks) + age if age else None
+                until = too_old_at(chunks, self._max_age)
                 return Lease(project=project, key=lane[1], chunks=chunks, ids=tuple(ids), until=until)
         return None
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -80,7 +81,7 @@ class SqliteBuffer:
         self._takings: list[_Asked[Taking]] = []
         self._bell = trio.Event()
         self._full = False  # the deposits that wait found no room
-        self._retry_at = float("inf")  # when what could not be done is tried again unasked, on trio's clock
+        self._retry_at = inf  # when what could not be done is tried again unasked, on trio's clock
         self._closing = False
         self._waiting = Waiting()
         self.trouble = ""
@@ -167,7 +168,7 @@ class SqliteBuffer:
                 await self._bell.wait()
             self._bell = trio.Event()
             if trio.current_time() >= self._retry_at:
-                self._full, self._retry_at = False, float("inf")
+                self._full, self._retry_at = False, inf
             elif patience.cancelled_caught and self._store.free_pages and not self._deposits:
                 await self._in_thread(partial(self._store.give_back_pages, IDLE_PAGES))
             with trio.CancelScope(shield=True):  # what was taken off the queues is done
@@ -175,11 +176,11 @@ class SqliteBuffer:
 
     def _patience(self) -> float:
         """How long to sleep, in seconds, when nobody asks for anything."""
-        if self._retry_at != float("inf"):
+        if self._retry_at < inf:
             return max(0.0, self._retry_at - trio.current_time())
         if self._settings.max_age and self._store.events:
             return EXPIRY_SECONDS
-        return IDLE_SECONDS if self._store.free_pages else float("inf")
+        return IDLE_SECONDS if self._store.free_pages else inf
 
     async def serve_group(self, now: int) -> None:
         """Do all that is asked at this moment (µs), or as much as one transaction should hold."""
@@ -197,7 +198,7 @@ class SqliteBuffer:
         waiting = [asked for asked in group.deposits if asked.what.taken is None and not asked.abandoned]
         self._full = any(asked.what.chunks for asked in waiting) or (group.full and bool(self._deposits))
         self._deposits = waiting + self._deposits
-        if self._full or self._settlements or (self.trouble and self._deposits):
+        if self._full or (self.trouble and (self._deposits or self._settlements)):
             self._retry_at = min(self._retry_at, trio.current_time() + RETRY_SECONDS)
         _ring(group.releases)
         for asked in group.takings:

@@ -13,6 +13,7 @@ from agent.buffer import (
     Shed,
     entries_put,
     entries_settle,
+    too_old_at,
 )
 from agent.buffer.file import PAGE_BYTES, Ownership, Room, connect, disk_bytes
 from agent.buffer.lanes import Lane, Lanes, Queue
@@ -234,7 +235,7 @@ class Store:
                 chunks = tuple(chunk_of(lane, row) for row in rows)
                 self._lanes.lease(lane, ids)
                 self.available[lane[0]] -= sum(chunk.events for chunk in chunks)
-                until = min(chunk.received_at for chunk in chunks) + self._max_age if self._max_age else None
+                until = too_old_at(chunks, self._max_age)
                 taking.lease = Lease(project=lane[0], key=lane[1], chunks=chunks, ids=tuple(ids), until=until)
                 return
 

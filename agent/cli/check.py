@@ -20,7 +20,7 @@ def command(config_file: str | None, as_json: bool) -> None:
 
     Every mistake is told at once, each with its place; the exit code is then 2.
     """
-    from agent.app import try_ways_out
+    from agent.ways_out import try_ways_out
 
     config = load_config(config_file)
     with plainly():

@@ -20,13 +20,22 @@ PATIENCE_SECONDS = 60.0
 SHOWN = 20
 
 
+def _utf8(text: str) -> str:
+    """An argument as it was given; bytes that are not UTF-8 cannot be told in JSON."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise click.BadParameter(f"{text!r} is not UTF-8") from None
+    return text
+
+
 def _pair(_ctx: click.Context, _parameter: click.Parameter, texts: tuple[str, ...]) -> dict[str, object]:
     """`key=value` properties; a value that is JSON is that value, anything else a text."""
     import msgspec
 
     found: dict[str, object] = {}
     for text in texts:
-        name, equals, value = (_utf8(_ctx, _parameter, text) or "").partition("=")
+        name, equals, value = text.partition("=")
         if not (name and equals):
             raise click.BadParameter(f"{text!r} is not key=value")
         try:
@@ -36,21 +45,14 @@ def _pair(_ctx: click.Context, _parameter: click.Parameter, texts: tuple[str, ..
     return found
 
 
-def _utf8(_ctx: click.Context, _parameter: click.Parameter, text: str | None) -> str | None:
-    """An argument as it is; bytes that are not UTF-8 cannot be told in JSON."""
-    try:
-        (text or "").encode()
-    except UnicodeEncodeError:
-        raise click.BadParameter(f"{text!r} is not UTF-8") from None
-    return text
-
-
 @click.command()
-@click.argument("event", required=False, callback=_utf8)
+@click.argument("event", required=False, type=_utf8)
 @click.option(
-    "--distinct-id", metavar="ID", callback=_utf8, help="Whose event it is [default: this host's name]."
+    "--distinct-id", metavar="ID", type=_utf8, help="Whose event it is [default: this host's name]."
 )
-@click.option("-p", "properties", metavar="KEY=VALUE", multiple=True, callback=_pair, help="A property.")
+@click.option(
+    "-p", "properties", metavar="KEY=VALUE", multiple=True, type=_utf8, callback=_pair, help="A property."
+)
 @click.option("--stdin", "from_stdin", is_flag=True, help="Send events from stdin, a JSON object a line.")
 @click.option("--socket", "path", metavar="PATH", help="The agent's unix_stream socket.")
 @config_option

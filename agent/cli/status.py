@@ -120,7 +120,9 @@ def _project(project: Document, escape: Any) -> Iterator[str]:
 
 
 def _books(books: Document) -> str:
-    door = sum(books["shed"].get(reason, 0) for reason in ("full_newest", "shutdown"))
+    from agent.buffer import SHED_AT_THE_DOOR
+
+    door = sum(books["shed"].get(reason, 0) for reason in SHED_AT_THE_DOOR)
     shed = sum(books["shed"].values()) - door
     verdict = "[green]the books balance[/]" if books["balanced"] else "[yellow]under way[/]"
     return (

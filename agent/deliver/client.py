@@ -115,15 +115,13 @@ class Client:
                 return await self._post(url, body, headers)
             except httpx.ProxyError as error:
                 return _by_proxy(str(error))
-            except httpx.RemoteProtocolError as error:
-                # httpx reads a redirect's address though it does not go there.
-                if "location header" in str(error):
-                    return Refused("host", "redirected to what is no address")
-                return Retry(None, _reason(error))
             except (httpx.LocalProtocolError, httpx.UnsupportedProtocol, httpx.InvalidURL, ValueError):
                 # Without its text: h11's names the header's value, which may be a secret.
                 return Refused("host", "the address or a configured header cannot be sent as HTTP")
             except (httpx.HTTPError, OSError) as error:
+                # httpx reads a redirect's address though it does not go there.
+                if isinstance(error, httpx.RemoteProtocolError) and "location header" in str(error):
+                    return Refused("host", "redirected to what is no address")
                 return Retry(None, _reason(error))
         return Retry(None, f"no answer within {self._timeout:g} s")
 
@@ -160,9 +158,8 @@ def _http(way_out: WayOut) -> httpx.AsyncClient:
             verify=_tls(way_out),
             proxy=way_out.proxy.reveal() or None,  # None: HTTPS_PROXY and NO_PROXY decide
             limits=limits,
-            timeout=way_out.timeout,
             follow_redirects=False,
-            # A load balancer's cookie would bind us to one of its servers.
+            # None is sent, which would bind us to one of a load balancer's servers; none is kept either.
             cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
         )
     except (ValueError, ImportError, httpx.InvalidURL) as error:
