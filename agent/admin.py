@@ -1,6 +1,6 @@
-"""The admin pages: metrics, health and status, on a Unix socket and a TCP address.
+"""The admin pages: metrics, health and status on a Unix socket and a TCP address, dead letters on the socket.
 
-Nothing here changes anything. What events contained is shown on the socket only.
+What changes anything, and what events contained, is on the socket only.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,6 +14,9 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
+from agent import letters
+from agent.buffer import DeadLetters
+
 # Who accepts it gets it; anybody else Prometheus' own text format.
 OPENMETRICS = "application/openmetrics-text"
 
@@ -24,6 +27,7 @@ class View(NamedTuple):
     status: Callable[[bool], Mapping[str, Any]]
     unready: Callable[[], str]
     registry: CollectorRegistry
+    letters: DeadLetters
 
 
 def make_app(view: View, *, private: bool) -> Starlette:
@@ -51,5 +55,6 @@ def make_app(view: View, *, private: bool) -> Starlette:
             Route("/livez", livez),
             Route("/readyz", readyz),
             Route("/status", status),
+            *(letters.routes(view.letters) if private else ()),
         ]
     )

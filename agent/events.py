@@ -54,11 +54,26 @@ class Read(NamedTuple):
     cut: Cut | None = None
 
 
+# What is known of a chunk's events, as bits of its `marks`.
+GIVEN = 1  # some of their uuids came from clients, who may send one twice
+LONG = 2  # an event's name or id may be over 200 bytes, which PostHog's v1 protocol refuses
+
+
+class Burial(NamedTuple):
+    """Once an event was dead: when (µs), why, with which of PostHog's words, after how many requests."""
+
+    at: int
+    reason: str
+    detail: str
+    attempts: int
+
+
 class Chunk(msgspec.Struct, frozen=True, kw_only=True):
     """Vouched events of one project, comma-joined, as raw deflate that ends on a full flush.
 
     `size` and `crc` (CRC-32) are of the bytes before compression. `key` is set only for events that
-    carry another key than their project's. `received_at` and `monotonic` are microseconds.
+    carry another key than their project's. `received_at` and `monotonic` are microseconds. `marks`
+    are `GIVEN` and `LONG`; `burials` is the past of a single event that was dead and is sent again.
     """
 
     project: str
@@ -70,6 +85,8 @@ class Chunk(msgspec.Struct, frozen=True, kw_only=True):
     boot: str
     monotonic: int
     packed: bytes
+    marks: int = 0
+    burials: tuple[Burial, ...] = ()
 
 
 class Reject(NamedTuple):

@@ -94,6 +94,7 @@ class _Pulling(Collector):
         yield from self._of_projects(books)
         yield _counter("events_shed", "Lost on purpose or by damage", books, "shed", by_reason=SHED)
         yield _counter("events_replayed", "Dead letters sent again", books, "replayed")
+        yield _counter("dead_purged", "Dead letters that a person had forgotten", books, "purged")
         yield _counter("dead_evicted", "Dead letters pushed out by newer ones", books, "dead_evicted")
         yield from self._of_buffer()
         yield from self._of_deliveries()

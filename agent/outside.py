@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from socket import socket
+from typing import Protocol
 
 import structlog
 import trio
@@ -13,7 +14,7 @@ import trio
 from agent import __version__, httpd
 from agent.accept.source import Source
 from agent.admin import View, make_app
-from agent.buffer import Buffer
+from agent.buffer import Buffer, DeadLetters
 from agent.clock import Clock
 from agent.config import Config
 from agent.deliver.client import Client
@@ -24,11 +25,15 @@ from agent.status import Document, describe
 log = structlog.get_logger("agent")
 
 
+class Kept(Buffer, DeadLetters, Protocol):
+    """A buffer whose dead letters can be looked at."""
+
+
 class Outside:
     """The deliveries and the pages of one agent; `state` is what the pages call it."""
 
     def __init__(
-        self, config: Config, buffer: Buffer, sources: Sequence[Source], metrics: Metrics, clock: Clock
+        self, config: Config, buffer: Kept, sources: Sequence[Source], metrics: Metrics, clock: Clock
     ) -> None:
         self._config = config
         self._buffer = buffer
@@ -83,7 +88,7 @@ class Outside:
                 },
             )
         )
-        view = View(self._status, self._unready, self._metrics.registry)
+        view = View(self._status, self._unready, self._metrics.registry, self._buffer)
         async with trio.open_nursery() as nursery:
             for sock, private in pages:
                 app = make_app(view, private=private)

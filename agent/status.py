@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import Any
 
 from agent import __version__
@@ -10,6 +9,7 @@ from agent.accept.source import Source
 from agent.buffer import SHED_AT_THE_DOOR, Books, Buffer, Stats
 from agent.config import Config, Udp, UnixDatagram, UnixStream
 from agent.deliver.worker import Delivery
+from agent.units import format_time
 
 Document = dict[str, Any]
 
@@ -98,7 +98,7 @@ def _project(delivery: Delivery, books: Books, monotonic: float, *, private: boo
         "delivered": _total(books, "delivered", name),
         "dead": _by_reason(books, "dead", name),
         "requests": {str(status): count for status, count in sorted(delivery.statuses.items())},
-        "last_error": {"text": trouble.text, "at": _told(trouble.at)} if trouble and private else None,
+        "last_error": {"text": trouble.text, "at": format_time(trouble.at)} if trouble and private else None,
     }
 
 
@@ -125,7 +125,7 @@ def _unconfigured(config: Config, stats: Stats, books: Books) -> list[Document]:
 def _rejects(sources: Sequence[Source]) -> list[Document]:
     """The last refusals of all sources, the newest first."""
     recent = sorted((refusal for source in sources for refusal in source.putter.recent), reverse=True)
-    return [{**refusal._asdict(), "at": _told(refusal.at)} for refusal in recent]
+    return [{**refusal._asdict(), "at": format_time(refusal.at)} for refusal in recent]
 
 
 def balance(books: Books, buffered: int) -> Document:
@@ -162,8 +162,3 @@ def _by_reason(books: Books, joint: str, label: str | None = None) -> dict[str, 
         if entry.joint == joint and label in (None, entry.label) and total:
             totals[entry.reason] = totals.get(entry.reason, 0) + total
     return totals
-
-
-def _told(wall: int) -> str:
-    """A time in microseconds as people and scripts read it."""
-    return datetime.fromtimestamp(wall / 1_000_000, UTC).isoformat(timespec="milliseconds")[:-6] + "Z"

@@ -1,6 +1,7 @@
-"""Sizes and durations as people write them: `5 MiB`, `250 ms`."""
+"""Sizes, durations and times as people write them: `5 MiB`, `250 ms`, `2026-11-24T10:00:00.000Z`."""
 
 import re
+from datetime import UTC, datetime
 
 _WRITTEN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", re.ASCII)
 _SIZES = {"B": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3, "TiB": 1024**4}
@@ -51,3 +52,8 @@ def format_duration(seconds: float) -> str:
         if whole and whole % factor == 0:
             return f"{whole // factor} {unit}"
     return f"{whole} s"
+
+
+def format_time(wall: int) -> str:
+    """A time in microseconds as people and scripts read it: RFC 3339, UTC, to the millisecond."""
+    return datetime.fromtimestamp(wall / 1_000_000, UTC).isoformat(timespec="milliseconds")[:-6] + "Z"

@@ -1,26 +1,35 @@
 """What every buffer promises, asked of each: custody, limits, room, and books that balance."""
 
+import os
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import msgspec
 import pytest
 import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agent import config
-from agent.buffer import Buffer, DeadEvent, Entry, Lease, Limits, leased
+from agent.buffer import MOST_BURIALS, Buffer, DeadEvent, DeadLetters, Entry, Lease, Limits, leased
 from agent.buffer.memory import open_memory
 from agent.buffer.sqlite import open_sqlite
-from agent.events import Chunk, Tally
+from agent.events import Burial, Chunk, Tally
 from agent.metrics import Metrics
+from agent.pack import inflate
 
 ALL = Limits(10**9, 2**40)
-Opener = Callable[..., AbstractAsyncContextManager[Buffer]]
+
+
+class Whole(Buffer, DeadLetters, Protocol):
+    """What every buffer is."""
+
+
+Opener = Callable[..., AbstractAsyncContextManager[Whole]]
 
 
 @pytest.fixture(params=["memory", "sqlite"])
@@ -28,8 +37,9 @@ def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Opener:
     """Opens a buffer with the given settings; the same file each time, where there is one."""
 
     @asynccontextmanager
-    async def opener(**given_settings: Any) -> AsyncIterator[Buffer]:
+    async def opener(**given_settings: Any) -> AsyncIterator[Whole]:
         chosen = config.Buffer(**{"path": str(tmp_path / "b.db"), "kind": request.param, **given_settings})
+        opening: AbstractAsyncContextManager[Whole]
         opening = open_memory(chosen) if request.param == "memory" else open_sqlite(chosen, Metrics())
         async with opening as buffer:
             with trio.fail_after(30):
@@ -85,13 +95,24 @@ def assert_balanced(buffer: Buffer) -> None:
     assert joint("received") == joint("accepted") + joint("rejected") + joint(
         "shed", "full_newest", "shutdown"
     )
-    assert joint("accepted") == joint("delivered") + joint("dead") + joint(
+    assert joint("accepted") + joint("replayed") == joint("delivered") + joint("dead") + joint(
         "shed", "full_oldest", "expired", "damaged"
     ) + (buffer.stats().events)
+    gone = joint("replayed") + joint("purged") + joint("dead_evicted")
+    assert buffer.stats().dead_letters == joint("dead") - gone
 
 
-def dead(project: str = "default") -> DeadEvent:
-    return DeadEvent(project=project, event=b"{}", reason="rejected", detail="no", at=1, received_at=1)
+def dead(project: str = "default", event: bytes = b"{}", **more: Any) -> DeadEvent:
+    return DeadEvent(
+        project=project, event=event, reason="rejected", detail="no", at=1, received_at=1, **more
+    )
+
+
+async def bury(buffer: Buffer, *events: DeadEvent) -> None:
+    """Let these be what PostHog refused of a chunk."""
+    await put(buffer, chunk(0, len(events)))
+    async with leased(buffer, await take(buffer)) as lease:
+        await buffer.settle(lease, dead=events)
 
 
 async def test_what_was_put_is_taken_in_order(opened: Opener) -> None:
@@ -300,6 +321,104 @@ async def test_dead_letters_have_their_share(opened: Opener) -> None:
             await buffer.settle(await take(buffer), [heavy])
         assert total(buffer, "dead_evicted") == 5 - buffer.stats().dead_letters > 0
         assert total(buffer, "dead", "rejected") == 5
+
+
+async def test_dead_letters_can_be_looked_at(opened: Opener) -> None:
+    """Each as it was buried, the oldest first, a page at a time, and one by its id."""
+    async with opened() as buffer:
+        assert await buffer.letters_kept() == (0, 0)
+        given = [dead(event=b'{"n":%d}' % n, key="phc_x", boot="b", monotonic=n, marks=1) for n in range(5)]
+        await bury(buffer, *given)
+        kept = await buffer.letters_kept()
+        assert kept.letters == 5
+        first = await buffer.letters(0, 3)
+        rest = await buffer.letters(first[-1].id, 10)
+        assert [letter.event for letter in (*first, *rest)] == [event.event for event in given]
+        assert rest[-1].id == kept.newest
+        one = await buffer.letter(first[1].id)
+        assert one is not None
+        assert one == first[1]
+        for name in DeadEvent.__struct_fields__:
+            assert getattr(one, name) == getattr(given[1], name)
+        assert await buffer.letter(kept.newest + 1) is None
+
+
+async def test_a_replayed_letter_waits_for_delivery_again(opened: Opener) -> None:
+    """It is what it was, key, time and bytes, counted as replayed, and remembers its burial."""
+    async with opened() as buffer:
+        event = b'{"uuid":"u"}'
+        await bury(buffer, dead(event=event, key="phc_x", boot="b", monotonic=7, attempts=3), dead())
+        ids = [letter.id for letter in await buffer.letters(0, 10)]
+        assert await buffer.replay([ids[0], ids[0], 10**6]) == (1, False)
+        assert total(buffer, "replayed") == 1
+        assert [letter.id for letter in await buffer.letters(0, 10)] == ids[1:]
+        lease = await take(buffer)
+        (again,) = lease.chunks
+        assert (lease.key, again.boot, again.monotonic, again.received_at) == ("phc_x", "b", 7, 1)
+        assert inflate(again.packed, again.size, again.crc) == event
+        assert again.burials == (Burial(1, "rejected", "no", 3),)
+        assert_balanced(buffer)
+        await buffer.release(lease)
+        assert await buffer.replay([ids[0]]) == (0, False)
+
+
+async def test_what_is_refused_again_returns_with_its_history(opened: Opener) -> None:
+    """Each burial is kept, up to a bound."""
+    async with opened() as buffer:
+        await bury(buffer, dead())
+        for number in range(MOST_BURIALS + 5):
+            (letter,) = await buffer.letters(0, 10)
+            assert len(letter.burials) == min(number, MOST_BURIALS)
+            assert await buffer.replay([letter.id]) == (1, False)
+            async with leased(buffer, await take(buffer)) as lease:
+                burials = lease.chunks[0].burials
+                await buffer.settle(lease, dead=[dead(attempts=number, burials=burials)])
+        assert_balanced(buffer)
+
+
+async def test_a_replay_stops_where_there_is_no_room(opened: Opener) -> None:
+    """The letters that found none stay letters."""
+    async with opened(max_size=FULL, when_full="drop_newest") as buffer:
+        await bury(buffer, *[dead(event=os.urandom(100_000)) for _ in range(10)])
+        while await put(buffer, chunk(0, size=LARGE // 8)):
+            pass
+        ids = [letter.id for letter in await buffer.letters(0, 10)]
+        replayed = await buffer.replay(ids)
+        assert replayed.full
+        assert replayed.letters < 10
+        assert (await buffer.letters_kept()).letters == 10 - replayed.letters
+        assert_balanced(buffer)
+
+
+async def test_purged_letters_are_gone(opened: Opener) -> None:
+    """They are counted as purged, and not twice."""
+    async with opened() as buffer:
+        await bury(buffer, dead(), dead(), dead())
+        ids = [letter.id for letter in await buffer.letters(0, 10)]
+        assert await buffer.purge([ids[0], ids[2], ids[2]]) == 2
+        assert await buffer.purge([ids[0]]) == 0
+        assert [letter.id for letter in await buffer.letters(0, 10)] == [ids[1]]
+        assert total(buffer, "purged") == 2
+        assert_balanced(buffer)
+
+
+async def test_what_is_left_of_a_chunk_keeps_its_own_place(opened: Opener) -> None:
+    """A replayed event has its old chunk's times, but neither takes the other's place."""
+    async with opened() as buffer:
+        old = chunk(1, 10)
+        origin = {"received_at": old.received_at, "boot": old.boot, "monotonic": old.monotonic}
+        event = DeadEvent(project="default", event=b"{}", reason="rejected", detail="no", at=1, **origin)
+        await bury(buffer, event)
+        await put(buffer, old)
+        (letter,) = await buffer.letters(0, 10)
+        await buffer.replay([letter.id])
+        async with leased(buffer, await take(buffer)) as lease:
+            assert len(lease.chunks) == 2
+            left = msgspec.structs.replace(old, events=4, crc=99)
+            await buffer.settle(lease, rest=[left])
+        (kept,) = (await take(buffer)).chunks
+        assert (kept.crc, kept.burials) == (99, ())
+        assert_balanced(buffer)
 
 
 async def test_ready_waits_for_company_or_the_linger(opened: Opener) -> None:

@@ -17,7 +17,7 @@ from sources import line
 from agent import __version__
 from agent.sink import Sink, serving
 
-VERBS = ("demo", "run", "check", "send", "status", "sink")
+VERBS = ("demo", "run", "check", "send", "status", "dead-letter", "sink")
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 

@@ -13,7 +13,7 @@ from agent import pack
 from agent.buffer import DeadEvent
 from agent.deliver.shipment import UNWITNESSED, Shipment, opened
 from agent.deliver.wire import Accepted, Batch, Damaged, Refused, Rejected, Retry, Split, Verdict
-from agent.events import Chunk
+from agent.events import Burial, Chunk
 
 AT = 1_700_000_000_000_000
 
@@ -216,9 +216,36 @@ def test_a_dead_event_tells_what_a_person_needs() -> None:
             detail="cannot parse",
             at=AT + 5,
             received_at=AT,
+            boot="b",
+            monotonic=7,
+            marks=0,
             attempts=4,
         )
     ]
+
+
+def replayed(*numbers: int) -> list[Chunk]:
+    """Dead events on their way again."""
+    burial = Burial(1, "rejected", "no", 1)
+    return [replace(chunk([event(number)]), burials=(burial,)) for number in numbers]
+
+
+def test_a_replayed_event_needs_no_witness() -> None:
+    """It had one when it was buried: refused again it is dead again, and nobody is held."""
+    shipment = Shipment(replayed(*range(40)), **generous)
+    posts = deliver(shipment, refuse(set(range(40)), REJECTED))
+    assert (shipment.hold, shipment.rest) == (None, [])
+    assert len(shipment.dead(at=AT)) == 40
+    assert {dead.burials for dead in shipment.dead(at=AT)} == {(Burial(1, "rejected", "no", 1),)}
+    assert len(posts) == 79
+
+
+def test_replayed_events_travel_apart() -> None:
+    """What is refused of them costs no fresh event a request."""
+    shipment = Shipment([*chunks_of([10]), *replayed(20, 21), *chunks_of([10])], **generous)
+    posts = deliver(shipment, refuse({20}, REJECTED))
+    assert [post.events for post in posts] == [10, 2, 10, 1, 1]
+    assert len(shipment.dead(at=AT)) == 1
 
 
 def test_a_lone_event_that_is_too_large_is_a_suspect_too() -> None:

@@ -10,19 +10,24 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 from processes import ENVIRONMENT
+from sqlite_utils import Database
 from test_buffer_contract import ALL, FULL, LARGE, assert_balanced, chunk, put, take, total
 
 from agent import AgentError, config
-from agent.buffer import Buffer, BufferBroken, BufferBusy
-from agent.buffer.sqlite import open_sqlite
+from agent.buffer import BufferBroken, BufferBusy
+from agent.buffer.file import APPLICATION_ID
+from agent.buffer.schema import first_tables
+from agent.buffer.sqlite import SqliteBuffer, open_sqlite
+from agent.events import GIVEN, LONG
 from agent.metrics import Metrics
 
 
 @asynccontextmanager
-async def opened(path: Path, **settings: Any) -> AsyncIterator[Buffer]:
+async def opened(path: Path, **settings: Any) -> AsyncIterator[SqliteBuffer]:
     async with open_sqlite(config.Buffer(path=str(path), **settings), Metrics()) as buffer:
         with trio.fail_after(60):
             yield buffer
@@ -47,6 +52,32 @@ async def test_what_was_put_is_there_after_a_reopening(tmp_path: Path) -> None:
     async with opened(path) as buffer:
         assert buffer.books() == books
         assert list((await take(buffer)).chunks) == chunks
+        assert_balanced(buffer)
+
+
+async def test_an_older_file_is_brought_forward(tmp_path: Path) -> None:
+    """What a former version wrote is read by this one; of its chunks nothing is assumed."""
+    path = tmp_path / "b.db"
+    old = chunk(1)
+    with sqlite3.connect(path) as database:
+        database.execute("PRAGMA auto_vacuum = INCREMENTAL")
+        first_tables(Database(database))
+        database.execute(
+            "INSERT INTO chunk VALUES (1, 'default', NULL, 10, ?, ?, ?, ?, ?, ?, ?)",
+            (old.size, old.crc, old.received_at, old.boot, old.monotonic, len(old.packed), old.packed),
+        )
+        database.execute("INSERT INTO dead VALUES (3, 'default', NULL, 'rejected', 'no', 5, 4, 2, '{}')")
+        database.execute("INSERT INTO books VALUES ('received', 'app', '', 11), ('accepted', 'app', '', 11)")
+        database.execute("INSERT INTO books VALUES ('dead', 'default', 'rejected', 1)")
+        done = {"migration_set": "capture-agent", "name": "first_tables", "applied_at": "2026-11-01"}
+        Database(database).table("_sqlite_migrations").insert(done)
+        database.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        database.execute("PRAGMA user_version = 1")
+    database.close()
+    async with opened(path) as buffer:
+        assert list((await take(buffer)).chunks) == [msgspec.structs.replace(old, marks=GIVEN | LONG)]
+        (letter,) = await buffer.letters(0, 10)
+        assert (letter.id, letter.at, letter.attempts, letter.marks) == (3, 5, 2, GIVEN | LONG)
         assert_balanced(buffer)
 
 

@@ -13,7 +13,8 @@ import msgspec
 import trio
 
 from agent import AgentError
-from agent.events import Chunk, Tally
+from agent.events import GIVEN, LONG, Burial, Chunk, Tally
+from agent.pack import crc32, deflate
 
 Shed = Literal["full_oldest", "full_newest", "expired", "damaged", "shutdown"]
 SHED: tuple[Shed, ...] = Shed.__args__  # type: ignore[attr-defined]  # typing keeps the values there
@@ -53,7 +54,11 @@ class Limits(NamedTuple):
 
 
 class DeadEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """An event that PostHog will never take, kept with its reason. `at` is in microseconds."""
+    """An event that PostHog will never take, kept with its reason. `at` is in microseconds.
+
+    `received_at`, `boot`, `monotonic` and `marks` are its chunk's; `burials` are earlier ones, of an event
+    that was sent again.
+    """
 
     project: str
     key: str | None = None
@@ -62,7 +67,38 @@ class DeadEvent(msgspec.Struct, frozen=True, kw_only=True):
     detail: str
     at: int
     received_at: int
+    boot: str = ""
+    monotonic: int = 0
+    marks: int = GIVEN | LONG
     attempts: int = 1
+    burials: tuple[Burial, ...] = ()
+
+
+class DeadLetter(DeadEvent, frozen=True, kw_only=True):
+    """A dead event in the buffer; ids rise in the order of burial and are never used twice."""
+
+    id: int
+
+
+class Replayed(NamedTuple):
+    """How many dead letters wait for delivery again; `full` where the buffer had no room for the others."""
+
+    letters: int
+    full: bool
+
+
+class LettersKept(NamedTuple):
+    """How many dead letters there are, and the newest one's id (0: none)."""
+
+    letters: int
+    newest: int
+
+
+# What is asked for in one go: at most 100 events of 900 KiB, and most are a thousandth of that.
+LETTERS_AT_ONCE = 100
+
+# Earlier burials of one event that are kept: enough to see a pattern, and no letter grows without bound.
+MOST_BURIALS = 20
 
 
 class Lease(msgspec.Struct, frozen=True, kw_only=True, eq=False):
@@ -141,6 +177,47 @@ class Buffer(Protocol):
     @property
     def trouble(self) -> str:
         """Why the last write failed; empty when it did not."""
+
+
+class DeadLetters(Protocol):
+    """What PostHog refused, for people to look at; kept by the same classes that are a `Buffer`.
+
+    Each method is one transaction, so it is asked for at most `LETTERS_AT_ONCE`.
+    Raises `BufferBroken` where the buffer cannot be read or written.
+    """
+
+    async def letters_kept(self) -> LettersKept:
+        """How many there are."""
+
+    async def letters(self, after: int, most: int) -> Sequence[DeadLetter]:
+        """The first `most` letters whose id is beyond `after`, the oldest first."""
+
+    async def letter(self, ident: int) -> DeadLetter | None:
+        """One of them."""
+
+    async def replay(self, ids: Sequence[int]) -> Replayed:
+        """Let these wait for delivery again, as they were: same uuid, same time. Unknown ids are skipped."""
+
+    async def purge(self, ids: Sequence[int]) -> int:
+        """Forget these for good; how many of them there were."""
+
+
+def revived(letter: DeadEvent) -> Chunk:
+    """A dead event as a chunk of its own, which remembers how it was buried."""
+    burial = Burial(letter.at, letter.reason, letter.detail, letter.attempts)
+    return Chunk(
+        project=letter.project,
+        key=letter.key,
+        events=1,
+        size=len(letter.event),
+        crc=crc32(letter.event),
+        received_at=letter.received_at,
+        boot=letter.boot,
+        monotonic=letter.monotonic,
+        packed=deflate(letter.event),
+        marks=letter.marks | GIVEN,  # it may have been sent again meanwhile by whoever exported it
+        burials=(*letter.burials, burial)[-MOST_BURIALS:],
+    )
 
 
 @asynccontextmanager

@@ -8,19 +8,25 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from itertools import islice
 
+import msgspec
 import trio
 
 from agent import config
 from agent.buffer import (
     Books,
     DeadEvent,
+    DeadLetter,
     Entry,
     Lease,
+    LettersKept,
     Limits,
+    Replayed,
     Stats,
     entries_put,
     entries_settle,
+    revived,
     too_old_at,
 )
 from agent.buffer.lanes import Lanes
@@ -45,8 +51,9 @@ class MemoryBuffer:
         self._lanes = Lanes()
         self._last = 0
         self._bytes = 0
-        self._dead: list[DeadEvent] = []
+        self._dead: dict[int, DeadLetter] = {}
         self._dead_bytes = 0
+        self._last_letter = 0
         self._books: Books = Counter()
         self._available: Counter[str] = Counter()
         self._waiting = Waiting()
@@ -172,11 +179,53 @@ class MemoryBuffer:
         await trio.lowlevel.checkpoint()
 
     def _bury(self, event: DeadEvent) -> None:
-        self._dead.append(event)
+        self._last_letter += 1
+        self._dead[self._last_letter] = DeadLetter(id=self._last_letter, **msgspec.structs.asdict(event))
         self._dead_bytes += len(event.event)
         while self._dead_bytes > self._settings.max_size // DEAD_SHARE:
-            self._dead_bytes -= len(self._dead.pop(0).event)
+            self._forget(next(iter(self._dead)))
             self._books[Entry("dead_evicted", "", "")] += 1
+
+    def _forget(self, ident: int) -> None:
+        self._dead_bytes -= len(self._dead.pop(ident).event)
+
+    async def letters_kept(self) -> LettersKept:
+        """See `DeadLetters.letters_kept`."""
+        await trio.lowlevel.checkpoint()
+        return LettersKept(len(self._dead), self._last_letter)
+
+    async def letters(self, after: int, most: int) -> Sequence[DeadLetter]:
+        """See `DeadLetters.letters`."""
+        await trio.lowlevel.checkpoint()
+        return list(islice((letter for ident, letter in self._dead.items() if ident > after), most))
+
+    async def letter(self, ident: int) -> DeadLetter | None:
+        """See `DeadLetters.letter`."""
+        await trio.lowlevel.checkpoint()
+        return self._dead.get(ident)
+
+    async def replay(self, ids: Sequence[int]) -> Replayed:
+        """See `DeadLetters.replay`."""
+        await trio.lowlevel.checkpoint()
+        letters = [self._dead[ident] for ident in dict.fromkeys(ids) if ident in self._dead]
+        for number, letter in enumerate(letters):
+            chunk = revived(letter)
+            if self._bytes + _cost(chunk) > self._settings.max_size:
+                return Replayed(number, full=True)
+            self._forget(letter.id)
+            self._books[Entry("replayed", letter.project, "")] += 1
+            self._insert(chunk)
+            self._show()
+        return Replayed(len(letters), full=False)
+
+    async def purge(self, ids: Sequence[int]) -> int:
+        """See `DeadLetters.purge`."""
+        await trio.lowlevel.checkpoint()
+        letters = [self._dead[ident] for ident in dict.fromkeys(ids) if ident in self._dead]
+        for letter in letters:
+            self._forget(letter.id)
+            self._books[Entry("purged", letter.project, "")] += 1
+        return len(letters)
 
     async def release(self, lease: Lease) -> None:
         """See `Buffer.release`."""

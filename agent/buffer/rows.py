@@ -7,21 +7,17 @@ import msgspec
 
 from agent.buffer import Books, DeadEvent, Lease, Limits
 from agent.buffer.lanes import Lane
-from agent.events import Chunk, Tally
+from agent.events import Burial, Chunk, Tally
 
 INSERT_CHUNK = """INSERT INTO chunk
-    (project, key, events, size, crc, received_at, boot, monotonic, bytes, packed)
-    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+    (project, key, events, size, crc, received_at, boot, monotonic, bytes, packed, marks, burials)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
 UPDATE_CHUNK = "UPDATE chunk SET events = ?, size = ?, crc = ?, bytes = ?, packed = ? WHERE id = ?"
-INSERT_DEAD = """INSERT INTO dead (project, key, reason, detail, at, received_at, attempts, event)
-    VALUES (?, ?, ?, ?, ?, ?, ?, ?)"""
 ENTER = """INSERT INTO books VALUES (?, ?, ?, ?)
     ON CONFLICT (joint, label, reason) DO UPDATE SET total = total + excluded.total"""
-OLDEST_DEAD = "SELECT id, length(event) FROM dead ORDER BY id LIMIT 1"
-COUNT_DEAD = "SELECT count(*), ifnull(sum(length(event)), 0) FROM dead"
 COUNT_LANES = """SELECT project, key, count(*), max(id), sum(events), sum(bytes)
     FROM chunk GROUP BY project, key"""
-CHUNK_BY_ID = """SELECT events, size, crc, received_at, boot, monotonic, packed
+CHUNK_BY_ID = """SELECT events, size, crc, received_at, boot, monotonic, packed, marks, burials
     FROM chunk WHERE id = ?"""
 SIZE_BY_ID = "SELECT id, events, size FROM chunk WHERE id = ?"
 SIZES_BEYOND_CURSOR = """SELECT id, events, size FROM chunk
@@ -76,12 +72,31 @@ class Change(msgspec.Struct):
     bytes: int = 0
     dead_letters: int = 0
     dead_bytes: int = 0
+    newest_letter: int = 0
     lanes: list[Callable[[], None]] = msgspec.field(default_factory=list)
 
 
-def chunk_of(lane: Lane, row: tuple[int, int, int, int, str, int, bytes]) -> Chunk:
+def row_of(chunk: Chunk) -> tuple[object, ...]:
+    """What `INSERT_CHUNK` is given."""
+    return (
+        chunk.project, chunk.key, chunk.events, chunk.size, chunk.crc, chunk.received_at, chunk.boot,
+        chunk.monotonic, len(chunk.packed), chunk.packed, chunk.marks, told_burials(chunk.burials),
+    )  # fmt: skip
+
+
+def told_burials(burials: tuple[Burial, ...]) -> str | None:
+    """As they stand in a row; most have none."""
+    return msgspec.json.encode(burials).decode() if burials else None
+
+
+def read_burials(text: str | None) -> tuple[Burial, ...]:
+    """What `told_burials` wrote."""
+    return msgspec.json.decode(text, type=tuple[Burial, ...]) if text else ()
+
+
+def chunk_of(lane: Lane, row: tuple[int, int, int, int, str, int, bytes, int, str | None]) -> Chunk:
     """What `CHUNK_BY_ID` found."""
-    events, size, crc, received_at, boot, monotonic, packed = row
+    events, size, crc, received_at, boot, monotonic, packed, marks, burials = row
     return Chunk(
         project=lane[0],
         key=lane[1],
@@ -92,9 +107,13 @@ def chunk_of(lane: Lane, row: tuple[int, int, int, int, str, int, bytes]) -> Chu
         boot=boot,
         monotonic=monotonic,
         packed=packed,
+        marks=marks,
+        burials=read_burials(burials),
     )
 
 
 def same_origin(old: Chunk, new: Chunk) -> bool:
     """Whether `new` is what is left of `old`: it keeps its chunk's times."""
-    return (old.received_at, old.monotonic, old.boot) == (new.received_at, new.monotonic, new.boot)
+    return (old.received_at, old.monotonic, old.boot, old.burials) == (
+        new.received_at, new.monotonic, new.boot, new.burials,
+    )  # fmt: skip

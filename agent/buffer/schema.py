@@ -1,7 +1,8 @@
 """The buffer's tables and how older ones become them; sqlite-utils keeps the record of what was applied.
 
 `chunk`: what waits, a row a chunk, the oldest first by `id`, which is never used twice. `dead`: what PostHog
-refused. `books`: the totals, a row for each joint, label (a source's or project's name) and reason.
+refused. `books`: the totals, a row for each joint, label (a source's or project's name) and reason. `clock`:
+how far each boot's wall clock was ahead of its monotonic one (µs) when it was last looked at.
 """
 
 import sqlite3
@@ -56,8 +57,22 @@ def first_tables(db: Database) -> None:
     )
 
 
+@migrations()
+def what_an_event_went_through(db: Database) -> None:
+    """Version 2: marks of chunks, earlier burials of dead events, and how each boot's clock went."""
+    # Of an older chunk nothing is known, so it has every mark.
+    for table in ("chunk", "dead"):
+        db.execute(f"ALTER TABLE {table} ADD COLUMN marks INTEGER NOT NULL DEFAULT 3")
+        db.execute(f"ALTER TABLE {table} ADD COLUMN burials TEXT")
+    db.execute("ALTER TABLE dead ADD COLUMN boot TEXT NOT NULL DEFAULT ''")
+    db.execute("ALTER TABLE dead ADD COLUMN monotonic INTEGER NOT NULL DEFAULT 0")
+    db.execute(
+        "CREATE TABLE clock (id INTEGER PRIMARY KEY, boot TEXT NOT NULL UNIQUE, ahead INTEGER NOT NULL)"
+    )
+
+
 # Kept in SQLite's `user_version`, so that a start with nothing to migrate need not load this module.
-VERSION = 1
+VERSION = 2
 
 
 def migrate(connection: sqlite3.Connection) -> None:

@@ -7,22 +7,21 @@ cancelled leaves its group intact. Nobody else ever touches the connection.
 
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from math import inf
 from pathlib import Path
-from typing import Generic, TypeVar
 
 import structlog
 import trio
 
 from agent import config
-from agent.buffer import Books, BufferBroken, DeadEvent, Lease, Limits, Stats
-from agent.buffer.rows import Deposit, Settlement, Taking
+from agent.buffer import Books, BufferBroken, Stats
+from agent.buffer.desk import Asked, Desk, Group, ring
+from agent.buffer.rows import Settlement
 from agent.buffer.store import Store
 from agent.buffer.waiting import Waiting
-from agent.events import Chunk, Tally
 from agent.metrics import Metrics
 
 log = structlog.get_logger("buffer")
@@ -35,101 +34,20 @@ EXPIRY_SECONDS = 1.0
 IDLE_SECONDS = 5.0
 IDLE_PAGES = 64
 
-T = TypeVar("T", Deposit, Settlement, Taking, Lease)
 
-
-class _Asked(Generic[T]):
-    """What one caller wants done, and the bell that tells it that it was."""
-
-    def __init__(self, what: T) -> None:
-        self.what: T = what
-        self.done = trio.Event()
-        self.abandoned = False
-
-
-class _Group:
-    """What is done at once."""
-
-    def __init__(
-        self,
-        settlements: list[_Asked[Settlement]],
-        deposits: list[_Asked[Deposit]],
-        releases: list[_Asked[Lease]],
-        takings: list[_Asked[Taking]],
-    ) -> None:
-        self.settlements = settlements
-        self.deposits = deposits
-        self.releases = releases
-        self.takings = takings
-        self.full = False  # puts were left out, as nothing has made room since the last try
-        self.settled = False
-        self.error = ""
-        self.seconds = 0.0
-
-
-class SqliteBuffer:
-    """A `Buffer` on disk. `trouble` says why the last write failed; it is empty when it did not."""
+class SqliteBuffer(Desk):
+    """A `Buffer` and `DeadLetters` on disk. `trouble` says why the last write failed, empty if it did not."""
 
     def __init__(self, store: Store, settings: config.Buffer, metrics: Metrics) -> None:
-        self._store = store
+        super().__init__(store)
         self._settings = settings
         self._metrics = metrics
         self._limiter = trio.CapacityLimiter(1)
-        self._settlements: list[_Asked[Settlement]] = []
-        self._deposits: list[_Asked[Deposit]] = []
-        self._releases: list[_Asked[Lease]] = []
-        self._takings: list[_Asked[Taking]] = []
-        self._bell = trio.Event()
-        self._full = False  # the deposits that wait found no room
         self._retry_at = inf  # when what could not be done is tried again unasked, on trio's clock
         self._closing = False
         self._waiting = Waiting()
         self.trouble = ""
         self._show()
-
-    async def put(self, chunks: Sequence[Chunk], tally: Tally) -> int:
-        """See `Buffer.put`."""
-        asked = _Asked[Deposit](Deposit(chunks, tally))
-        self._deposits.append(asked)
-        try:
-            await self._done(asked)
-        except trio.Cancelled:
-            asked.abandoned = True
-            if asked in self._deposits:
-                self._deposits.remove(asked)
-                self._full = False  # what waited behind it may be smaller
-                self._bell.set()
-            raise
-        return asked.what.taken or 0
-
-    async def take(self, limits: Limits, project: str) -> Lease | None:
-        """See `Buffer.take`."""
-        asked = _Asked[Taking](Taking(limits, project))
-        self._takings.append(asked)
-        try:
-            await self._done(asked)
-        except trio.Cancelled:
-            asked.abandoned = True
-            raise
-        return asked.what.lease
-
-    async def settle(
-        self,
-        lease: Lease,
-        dead: Sequence[DeadEvent] = (),
-        rest: Sequence[Chunk] = (),
-        damaged: int = 0,
-    ) -> None:
-        """See `Buffer.settle`. Cancelled, it is done all the same."""
-        asked = _Asked(Settlement(lease, dead, rest, damaged))
-        self._settlements.append(asked)
-        await self._done(asked)
-
-    async def release(self, lease: Lease) -> None:
-        """See `Buffer.release`."""
-        asked = _Asked(lease)
-        self._releases.append(asked)
-        await self._done(asked)
 
     async def ready(self, project: str, events: int, linger: float) -> None:
         """See `Buffer.ready`."""
@@ -149,10 +67,6 @@ class SqliteBuffer:
         self._closing = True
         self._full = False
         self._bell.set()
-
-    async def _done(self, asked: _Asked[T]) -> None:
-        self._bell.set()
-        await asked.done.wait()
 
     async def serve(self, until: trio.CancelScope) -> None:
         """Do what is asked, all of it at once, until cancelled by `until`; the one task that uses the store.
@@ -191,40 +105,24 @@ class SqliteBuffer:
             self._tell_trouble(group.error)
             self._metrics.commit_seconds.observe(group.seconds)
         if group.settled:
-            _ring(group.settlements)
+            ring(group.settlements)
         else:
             self._settlements = group.settlements + self._settlements
-        _ring(asked for asked in group.deposits if asked.what.taken is not None)
+        ring(asked for asked in group.deposits if asked.what.taken is not None)
         waiting = [asked for asked in group.deposits if asked.what.taken is None and not asked.abandoned]
         self._full = any(asked.what.chunks for asked in waiting) or (group.full and bool(self._deposits))
         self._deposits = waiting + self._deposits
         if self._full or (self.trouble and (self._deposits or self._settlements)):
             self._retry_at = min(self._retry_at, trio.current_time() + RETRY_SECONDS)
-        _ring(group.releases)
+        ring(group.releases)
+        ring(group.errands)
         for asked in group.takings:
             if asked.abandoned and asked.what.lease is not None:
-                self._releases.append(_Asked(asked.what.lease))
+                self._releases.append(Asked(asked.what.lease))
                 self._bell.set()
             asked.done.set()
 
-    def _next_group(self) -> _Group:
-        group = _Group(self._settlements, [], self._releases, self._takings)
-        self._settlements, self._releases, self._takings = [], [], []
-        size = 0
-        later = []
-        group.full = full = self._full and not group.settlements
-        for asked in self._deposits:
-            if asked.what.chunks and (full or (group.deposits and size > self._store.room.group)):
-                later.append(asked)
-                continue
-            size += asked.what.bytes
-            group.deposits.append(asked)
-        self._deposits = later
-        if later and not full:
-            self._bell.set()
-        return group
-
-    def _work(self, group: _Group, now: int, *, closing: bool) -> None:
+    def _work(self, group: Group, now: int, *, closing: bool) -> None:
         """In the worker thread: write, then read."""
         started = time.perf_counter()
         settlements = [asked.what for asked in group.settlements]
@@ -242,8 +140,13 @@ class SqliteBuffer:
             self._store.release(lease.what)
         for asked in group.takings:
             self._store.take(asked.what)
+        for errand in group.errands:
+            try:
+                errand.what.work(self._store)
+            except sqlite3.Error as error:
+                errand.what.error = str(error)
 
-    def _settle_alone(self, group: _Group, settlements: Sequence[Settlement], now: int) -> None:
+    def _settle_alone(self, group: Group, settlements: Sequence[Settlement], now: int) -> None:
         """Deliveries must go on when there is no room for what comes in: they are what makes room."""
         try:
             self._store.commit(settlements, (), now=now, closing=False)
@@ -261,7 +164,7 @@ class SqliteBuffer:
             disk_bytes=0,
             limit_bytes=store.max_size,
             oldest=store.oldest,
-            dead_letters=store.dead_letters,
+            dead_letters=store.letters.count,
             waiting=0,
             unleased=dict(+store.available),
         )
@@ -285,7 +188,7 @@ class SqliteBuffer:
     async def finish(self) -> None:
         """Do what is still asked, then close the file. Nothing may be asked afterwards."""
         self.close_door()
-        if self._deposits or self._settlements or self._releases:
+        if self._deposits or self._settlements or self._releases or self._errands:
             await self.serve_group(now=time.time_ns() // 1000)
         try:
             await self._in_thread(partial(self._store.close))
@@ -298,11 +201,6 @@ def _advice(error: sqlite3.Error) -> str:
     if error.sqlite_errorcode in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
         return "the file is damaged: move it away with its -wal; the agent makes a new one"
     return "make room on the disk, or mend it; nothing in the file is lost"
-
-
-def _ring(asked: "Iterable[_Asked[T]]") -> None:
-    for one in asked:
-        one.done.set()
 
 
 @asynccontextmanager

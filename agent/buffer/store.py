@@ -3,29 +3,29 @@
 import sqlite3
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from agent.buffer import (
     Books,
-    DeadEvent,
     Entry,
     Lease,
+    Replayed,
     Shed,
     entries_put,
     entries_settle,
+    revived,
     too_old_at,
 )
 from agent.buffer.file import PAGE_BYTES, Ownership, Room, connect, disk_bytes
 from agent.buffer.lanes import Lane, Lanes, Queue
+from agent.buffer.letters import Letters
 from agent.buffer.rows import (
     CHUNK_BY_ID,
-    COUNT_DEAD,
     COUNT_LANES,
     ENTER,
     INSERT_CHUNK,
-    INSERT_DEAD,
     OLDEST,
-    OLDEST_DEAD,
     ROW_BYTES,
     SIZE_BY_ID,
     SIZES_BEYOND_CURSOR,
@@ -35,12 +35,10 @@ from agent.buffer.rows import (
     Settlement,
     Taking,
     chunk_of,
+    row_of,
     same_origin,
 )
 from agent.events import Chunk
-
-# Dead letters take at most this part of the bound; the oldest go first.
-DEAD_SHARE = 10
 
 
 class Store:
@@ -74,7 +72,7 @@ class Store:
             self.available[project] += events
             self.events += events
             self.bytes += size
-        self.dead_letters, self._dead_bytes = run(COUNT_DEAD).fetchone()
+        self.letters = Letters(self._connection, self.max_size)
         self._look_around()
 
     def close(self) -> None:
@@ -99,21 +97,27 @@ class Store:
         self, settlements: Sequence[Settlement], deposits: Sequence[Deposit], *, now: int, closing: bool
     ) -> None:
         """All of it or, when it raises sqlite3.Error, nothing of it. `now` is in microseconds."""
-        change = Change()
-        self._connection.execute("BEGIN IMMEDIATE")
-        try:
+        with self._transaction() as change:
             for settlement in settlements:
                 self._settle(settlement, change)
             self._expire(now, change)
             taken = self._deposit_all(deposits, change, closing=closing)
+        for deposit, count in zip(deposits, taken, strict=True):
+            deposit.taken = count
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Change]:
+        """All that the block does is committed with the books of it, and shown; nothing, where it raises."""
+        change = Change()
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield change
             self._connection.executemany(ENTER, [(*entry, total) for entry, total in change.books.items()])
             self._connection.execute("COMMIT")
         except BaseException:
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
             raise
-        for deposit, count in zip(deposits, taken, strict=True):
-            deposit.taken = count
         self._apply(change)
 
     def _apply(self, change: Change) -> None:
@@ -124,8 +128,7 @@ class Store:
         self.available.update(change.available)
         self.events += change.events
         self.bytes += change.bytes
-        self.dead_letters += change.dead_letters
-        self._dead_bytes += change.dead_bytes
+        self.letters.apply(change)
         self._look_around()
 
     def _look_around(self) -> None:
@@ -164,11 +167,7 @@ class Store:
 
     def _insert(self, chunk: Chunk, change: Change) -> None:
         lane: Lane = (chunk.project, chunk.key)
-        row = (
-            *lane, chunk.events, chunk.size, chunk.crc, chunk.received_at, chunk.boot, chunk.monotonic,
-            len(chunk.packed), chunk.packed,
-        )  # fmt: skip
-        ident = self._connection.execute(INSERT_CHUNK, row).lastrowid
+        ident = self._connection.execute(INSERT_CHUNK, row_of(chunk)).lastrowid
         assert ident is not None  # noqa: S101  # an INSERT has one
         self._count(chunk, change)
         change.lanes.append(lambda: self._lanes.put(lane, ident))
@@ -258,7 +257,7 @@ class Store:
         gone = [ident for ident in lease.ids if ident not in kept]
         self._connection.executemany("DELETE FROM chunk WHERE id = ?", [(ident,) for ident in gone])
         for dead in settlement.dead:
-            self._bury(dead, change)
+            self.letters.bury(dead, change)
         change.books.update(entries_settle(lease, settlement.dead, settlement.rest, settlement.damaged))
         change.events -= sum(chunk.events for chunk in lease.chunks)
         change.bytes -= sum(len(chunk.packed) for chunk in lease.chunks)
@@ -292,21 +291,27 @@ class Store:
         change.events += chunk.events
         change.bytes += len(chunk.packed)
 
-    def _bury(self, dead: DeadEvent, change: Change) -> None:
-        """Keep a dead event, and let the oldest dead letters go where they take too much."""
-        row = (
-            dead.project, dead.key, dead.reason, dead.detail, dead.at,
-            dead.received_at, dead.attempts, dead.event,
-        )  # fmt: skip
-        self._connection.execute(INSERT_DEAD, row)
-        change.dead_letters += 1
-        change.dead_bytes += len(dead.event)
-        while self._dead_bytes + change.dead_bytes > self.max_size // DEAD_SHARE:
-            ident, size = self._connection.execute(OLDEST_DEAD).fetchone()
-            self._connection.execute("DELETE FROM dead WHERE id = ?", (ident,))
-            change.books[Entry("dead_evicted", "", "")] += 1
-            change.dead_letters -= 1
-            change.dead_bytes -= size
+    # --- dead letters ----------------------------------------------------------------------------
+
+    def replay(self, ids: Sequence[int]) -> Replayed:
+        """Dead letters become chunks again, as many as there is room for."""
+        with self._transaction() as change:
+            letters = self.letters.of_ids(ids)
+            for number, letter in enumerate(letters):
+                chunk = revived(letter)
+                if self._free() < len(chunk.packed) + ROW_BYTES:
+                    return Replayed(number, full=True)
+                self.letters.take_out(letter, "replayed", change)
+                self._insert(chunk, change)
+        return Replayed(len(letters), full=False)
+
+    def purge(self, ids: Sequence[int]) -> int:
+        """Dead letters are forgotten; how many of them there were."""
+        with self._transaction() as change:
+            letters = self.letters.of_ids(ids)
+            for letter in letters:
+                self.letters.take_out(letter, "purged", change)
+        return len(letters)
 
     def give_back_pages(self, most: int) -> None:
         """Return up to `most` free pages to the filesystem, unless it has no room for the change itself."""

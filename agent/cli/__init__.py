@@ -13,6 +13,7 @@ VERBS = {
     "check": "Validate a configuration and print it resolved.",
     "send": "Send events through a running agent.",
     "status": "Show what a running agent does.",
+    "dead-letter": "List, show, replay, purge or export what PostHog refused.",
     "sink": "Stand in for PostHog on this host.",
 }
 
@@ -26,7 +27,7 @@ class _Verbs(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in VERBS:
             return None
-        command: click.Command = import_module(f"agent.cli.{cmd_name}").command
+        command: click.Command = import_module(f"agent.cli.{cmd_name.replace('-', '_')}").command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -8,8 +8,11 @@ from agent.cli.options import SYSTEM_FILE, load_config
 from agent.cli.places import runtime_folders
 
 
-def find_socket(config_file: str | None, name: str) -> str:
-    """The path of the agent's admin socket (`admin.sock`) or of its first Unix stream (`events.sock`)."""
+def find_socket(config_file: str | None, name: str, *, needed: bool = True) -> str:
+    """The path of the agent's admin socket (`admin.sock`) or of its first Unix stream (`events.sock`).
+
+    Exits 2 where the configuration has none that is `needed`; empty where none is.
+    """
     from pathlib import Path
 
     if config_file is not None or Path(SYSTEM_FILE).exists():
@@ -20,11 +23,20 @@ def find_socket(config_file: str | None, name: str) -> str:
         configured = [config.admin.socket] if name == "admin.sock" else streams
         if configured and configured[0]:
             return configured[0]
+        if not needed:
+            return ""
         missing = "admin socket" if name == "admin.sock" else "unix_stream source"
         click.echo(f"capture-agent: the configuration has no {missing}, which this command needs", err=True)
         raise SystemExit(2)
     places = [f"{folder}/{name}" for folder in runtime_folders()]
     return next((place for place in places if os.path.exists(place)), places[0])
+
+
+def no_permission(path: str) -> SystemExit:
+    """Says that a socket is not for this user; exit code 1."""
+    click.echo(f"capture-agent: {path}: no permission", err=True)
+    click.echo("  try: run it as root or as a member of the socket's group", err=True)
+    return SystemExit(1)
 
 
 def not_running(path: str) -> SystemExit:

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from agent.cli.options import config_option
-from agent.cli.reach import find_socket, not_running
+from agent.cli.reach import find_socket, no_permission, not_running
 
 # A busy agent answers in milliseconds.
 PATIENCE_SECONDS = 5.0
@@ -36,9 +36,7 @@ def command(config_file: str | None, as_json: bool) -> None:
             answer = client.get("http://agent/status").raise_for_status()
     except httpx.ConnectError as error:
         if "Permission denied" in str(error):
-            click.echo(f"capture-agent: {path}: no permission", err=True)
-            click.echo("  try: run it as root or as a member of the socket's group", err=True)
-            raise SystemExit(1) from None
+            raise no_permission(path) from None
         raise not_running(path) from None
     except httpx.HTTPError as error:
         click.echo(f"capture-agent: the agent at {path} does not answer: {error}", err=True)
@@ -125,9 +123,10 @@ def _books(books: Document) -> str:
     door = sum(books["shed"].get(reason, 0) for reason in SHED_AT_THE_DOOR)
     shed = sum(books["shed"].values()) - door
     verdict = "[green]the books balance[/]" if books["balanced"] else "[yellow]under way[/]"
+    again = f" replayed {books['replayed']:,}," if books["replayed"] else ""
     return (
         f"[bold]books[/] received {books['received']:,} = accepted {books['accepted']:,}"
-        f" + rejected {books['rejected']:,} + shed at the door {door:,};"
+        f" + rejected {books['rejected']:,} + shed at the door {door:,};{again}"
         f" delivered {books['delivered']:,}, dead {books['dead']:,}, shed {shed:,},"
         f" buffered {books['buffered']:,}: {verdict}"
     )

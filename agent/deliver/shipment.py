@@ -70,6 +70,9 @@ class Shipment:
     where half of all events are poison, only batches of a few are ever taken. With nothing else in the
     queue it waits, asked once in a cooldown, and delays nobody.
 
+    **Replayed events** were condemned beside a witness once, so they need no second one, and their refusals
+    say nothing of the others: they are asked about apart.
+
     **Damaged chunks** are those that cannot be opened. They are taken out, the rest of their batch goes on.
     """
 
@@ -136,7 +139,7 @@ class Shipment:
     @property
     def progressed(self) -> bool:
         """Whether anything has changed that a settlement must record."""
-        return self.accepted > 0 or bool(self.damaged)
+        return self.accepted > 0 or bool(self.damaged) or DEAD in self._known
 
     @property
     def split_size(self) -> int | None:
@@ -185,6 +188,10 @@ class Shipment:
             detail=suspect.detail,
             at=at,
             received_at=chunk.received_at,
+            boot=chunk.boot,
+            monotonic=chunk.monotonic,
+            marks=chunk.marks,
+            burials=chunk.burials,
             attempts=sum(count for span, count in answers if span.low <= number < span.high),
         )
 
@@ -196,7 +203,8 @@ class Shipment:
                 continue
             if first is not None:
                 size += 1 + chunk.size
-                if end - low <= self._max_events and size <= self._max_size and agree(first, chunk):
+                fits = end - low <= self._max_events and size <= self._max_size
+                if fits and agree(first, chunk) and bool(first.burials) == bool(chunk.burials):
                     continue
                 yield Span(low, begin)
             low, size, first = begin, chunk.size, chunk
@@ -219,14 +227,17 @@ class Shipment:
 
     def _judge(self) -> None:
         self._over = True
-        if self.accepted:
-            for number in self._suspects:
+        for number in self._suspects:
+            if self.accepted or self._replayed(number):
                 self._known[number] = DEAD
-        elif self._suspects:
-            self.hold = "rejected"
+            else:
+                self.hold = "rejected"
+
+    def _replayed(self, number: int) -> bool:
+        return bool(self._chunks[self._chunk_of(number)].burials)
 
     def _reject(self, span: Span, how: Suspect) -> None:
-        self._rejections += 1
+        self._rejections += not self._replayed(span.low)
         self.why = how.detail
         if span.high - span.low > 1:
             self._refused.append(span)

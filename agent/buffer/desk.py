@@ -1,0 +1,170 @@
+"""Where callers ask for what is to be done with a store, and wait; and what of it is done at once."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Generic, TypeVar
+
+import msgspec
+import trio
+
+from agent.buffer import BufferBroken, DeadEvent, DeadLetter, Lease, LettersKept, Limits, Replayed
+from agent.buffer.rows import Deposit, Settlement, Taking
+from agent.buffer.store import Store
+from agent.events import Chunk, Tally
+
+
+class Errand(msgspec.Struct, eq=False):
+    """Anything else to be done with the store; `error` says why it was not."""
+
+    work: Callable[[Store], None]
+    error: str = ""
+
+
+R = TypeVar("R")
+T = TypeVar("T", Deposit, Settlement, Taking, Lease, Errand)
+
+
+class Asked(Generic[T]):
+    """What one caller wants done, and the bell that tells it that it was."""
+
+    def __init__(self, what: T) -> None:
+        self.what: T = what
+        self.done = trio.Event()
+        self.abandoned = False
+
+
+class Group:
+    """What is done at once."""
+
+    def __init__(
+        self,
+        settlements: list[Asked[Settlement]],
+        deposits: list[Asked[Deposit]],
+        releases: list[Asked[Lease]],
+        takings: list[Asked[Taking]],
+        errands: list[Asked[Errand]],
+    ) -> None:
+        self.settlements = settlements
+        self.deposits = deposits
+        self.releases = releases
+        self.takings = takings
+        self.errands = errands
+        self.full = False  # puts were left out, as nothing has made room since the last try
+        self.settled = False
+        self.error = ""
+        self.seconds = 0.0
+
+
+def ring(asked: "Iterable[Asked[T]]") -> None:
+    """Tell callers that what they asked for is done."""
+    for one in asked:
+        one.done.set()
+
+
+class Desk:
+    """Takes down what callers ask for; who serves it fetches a group at a time, and rings when it is done."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._settlements: list[Asked[Settlement]] = []
+        self._deposits: list[Asked[Deposit]] = []
+        self._releases: list[Asked[Lease]] = []
+        self._takings: list[Asked[Taking]] = []
+        self._errands: list[Asked[Errand]] = []
+        self._bell = trio.Event()
+        self._full = False  # the deposits that wait found no room
+
+    async def put(self, chunks: Sequence[Chunk], tally: Tally) -> int:
+        """See `Buffer.put`."""
+        asked = Asked[Deposit](Deposit(chunks, tally))
+        self._deposits.append(asked)
+        try:
+            await self._done(asked)
+        except trio.Cancelled:
+            asked.abandoned = True
+            if asked in self._deposits:
+                self._deposits.remove(asked)
+                self._full = False  # what waited behind it may be smaller
+                self._bell.set()
+            raise
+        return asked.what.taken or 0
+
+    async def take(self, limits: Limits, project: str) -> Lease | None:
+        """See `Buffer.take`."""
+        asked = Asked[Taking](Taking(limits, project))
+        self._takings.append(asked)
+        try:
+            await self._done(asked)
+        except trio.Cancelled:
+            asked.abandoned = True
+            raise
+        return asked.what.lease
+
+    async def settle(
+        self,
+        lease: Lease,
+        dead: Sequence[DeadEvent] = (),
+        rest: Sequence[Chunk] = (),
+        damaged: int = 0,
+    ) -> None:
+        """See `Buffer.settle`. Cancelled, it is done all the same."""
+        asked = Asked(Settlement(lease, dead, rest, damaged))
+        self._settlements.append(asked)
+        await self._done(asked)
+
+    async def release(self, lease: Lease) -> None:
+        """See `Buffer.release`."""
+        asked = Asked(lease)
+        self._releases.append(asked)
+        await self._done(asked)
+
+    async def letters_kept(self) -> LettersKept:
+        """See `DeadLetters.letters_kept`."""
+        return await self._run(lambda store: LettersKept(store.letters.count, store.letters.newest))
+
+    async def letters(self, after: int, most: int) -> Sequence[DeadLetter]:
+        """See `DeadLetters.letters`."""
+        return await self._run(lambda store: store.letters.beyond(after, most))
+
+    async def letter(self, ident: int) -> DeadLetter | None:
+        """See `DeadLetters.letter`."""
+        return next(iter(await self._run(lambda store: store.letters.of_ids([ident]))), None)
+
+    async def replay(self, ids: Sequence[int]) -> Replayed:
+        """See `DeadLetters.replay`."""
+        return await self._run(lambda store: store.replay(ids))
+
+    async def purge(self, ids: Sequence[int]) -> int:
+        """See `DeadLetters.purge`."""
+        return await self._run(lambda store: store.purge(ids))
+
+    async def _run(self, work: Callable[[Store], R]) -> R:
+        """Have something done with the store. Raises `BufferBroken` where that fails."""
+        results: list[R] = []
+        asked = Asked(Errand(lambda store: results.append(work(store))))
+        self._errands.append(asked)
+        await self._done(asked)
+        if asked.what.error:
+            hint = "make room on the disk, or mend it; nothing was changed"
+            raise BufferBroken(f"{self._store.path}: {asked.what.error}", hint)
+        return results[0]
+
+    async def _done(self, asked: Asked[T]) -> None:
+        self._bell.set()
+        await asked.done.wait()
+
+    def _next_group(self) -> Group:
+        group = Group(self._settlements, [], self._releases, self._takings, self._errands)
+        self._settlements, self._releases, self._takings, self._errands = [], [], [], []
+        size = 0
+        later = []
+        group.full = full = self._full and not group.settlements
+        for asked in self._deposits:
+            if asked.what.chunks and (full or (group.deposits and size > self._store.room.group)):
+                later.append(asked)
+                continue
+            size += asked.what.bytes
+            group.deposits.append(asked)
+        self._deposits = later
+        if later and not full:
+            self._bell.set()
+        return group

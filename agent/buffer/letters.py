@@ -1,0 +1,96 @@
+"""The dead letters' rows: buried beside the chunks, bounded, looked at, sent again or forgotten."""
+
+import sqlite3
+from collections.abc import Sequence
+
+from agent.buffer import DeadEvent, DeadLetter, Entry
+from agent.buffer.rows import Change, read_burials, told_burials
+
+INSERT = """INSERT INTO dead
+    (project, key, event, reason, detail, at, received_at, boot, monotonic, marks, attempts, burials)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+COUNT = "SELECT count(*), ifnull(sum(length(event)), 0), ifnull(max(id), 0) FROM dead"
+OLDEST = "SELECT id, length(event) FROM dead ORDER BY id LIMIT 1"
+SELECT = """SELECT id, project, key, event, reason, detail, at, received_at, boot, monotonic, marks, attempts,
+    burials FROM dead"""
+
+# Dead letters take at most this part of the bound; the oldest go first.
+DEAD_SHARE = 10
+
+
+class Letters:
+    """The table `dead`; what is done to it is counted in a `Change`, which `apply` shows once committed."""
+
+    def __init__(self, connection: sqlite3.Connection, max_size: int) -> None:
+        self._connection = connection
+        self._most_bytes = max_size // DEAD_SHARE
+        self.count, self._bytes, self.newest = connection.execute(COUNT).fetchone()
+
+    def apply(self, change: Change) -> None:
+        """Show what was committed."""
+        self.count += change.dead_letters
+        self._bytes += change.dead_bytes
+        self.newest = max(self.newest, change.newest_letter)
+
+    def bury(self, dead: DeadEvent, change: Change) -> None:
+        """Keep a dead event, and let the oldest letters go where they take too much."""
+        row = (
+            dead.project, dead.key, dead.event, dead.reason, dead.detail, dead.at, dead.received_at,
+            dead.boot, dead.monotonic, dead.marks, dead.attempts, told_burials(dead.burials),
+        )  # fmt: skip
+        change.newest_letter = self._connection.execute(INSERT, row).lastrowid or 0
+        change.dead_letters += 1
+        change.dead_bytes += len(dead.event)
+        while self._bytes + change.dead_bytes > self._most_bytes:
+            ident, size = self._connection.execute(OLDEST).fetchone()
+            self._forget(ident, size, change)
+            change.books[Entry("dead_evicted", "", "")] += 1
+
+    def take_out(self, letter: DeadLetter, joint: str, change: Change) -> None:
+        """A letter leaves, which is entered at `joint`."""
+        self._forget(letter.id, len(letter.event), change)
+        change.books[Entry(joint, letter.project, "")] += 1
+
+    def _forget(self, ident: int, size: int, change: Change) -> None:
+        self._connection.execute("DELETE FROM dead WHERE id = ?", (ident,))
+        change.dead_letters -= 1
+        change.dead_bytes -= size
+
+    def beyond(self, after: int, most: int) -> list[DeadLetter]:
+        """The first letters whose id is beyond `after`."""
+        rows = self._connection.execute(f"{SELECT} WHERE id > ? ORDER BY id LIMIT ?", (after, most))
+        return [_letter(row) for row in rows]
+
+    def of_ids(self, ids: Sequence[int]) -> list[DeadLetter]:
+        """Those of the letters that there are, each once."""
+        found = []
+        for ident in dict.fromkeys(ids):
+            row = self._connection.execute(f"{SELECT} WHERE id = ?", (ident,)).fetchone()
+            found += [_letter(row)] if row else []
+        return found
+
+
+_Row = tuple[
+    int, str, str | None, bytes, str, str, int, int, str, int, int, int, str | None
+]  # as `SELECT` names them
+
+
+def _letter(row: _Row) -> DeadLetter:
+    ident, project, key, event, reason, detail, at, received_at, boot, monotonic, marks, attempts, burials = (
+        row
+    )
+    return DeadLetter(
+        id=ident,
+        project=project,
+        key=key,
+        event=event,
+        reason=reason,
+        detail=detail,
+        at=at,
+        received_at=received_at,
+        boot=boot,
+        monotonic=monotonic,
+        marks=marks,
+        attempts=attempts,
+        burials=read_burials(burials),
+    )

@@ -1,0 +1,242 @@
+"""`capture-agent dead-letter`: what PostHog refused and why; sent again, exported or forgotten."""
+
+import sys
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import click
+import msgspec
+
+from agent.cli.letters import Burial, Letter, Shelf, shelf
+from agent.cli.options import config_option, plainly
+
+# Characters of a line of the list: PostHog's words can be long, `show` has them all.
+WIDTH = 200
+
+ids_argument = click.argument("ids", metavar="[ID]...", nargs=-1, type=click.IntRange(min=1))
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+
+
+@click.group(name="dead-letter")
+@config_option
+@click.pass_context
+def command(ctx: click.Context, config_file: str | None) -> None:
+    """Look at the events that PostHog refused; send them again, export or forget them.
+
+    Through the running agent or, where none runs, on its buffer's file.
+    """
+    ctx.find_root().obj = config_file
+
+
+@command.command("list")
+@config_option
+@json_option
+def list_letters(config_file: str | None, as_json: bool) -> None:
+    """List the dead letters, the oldest first."""
+
+    async def work(letters: Shelf) -> None:
+        number = 0
+        async for letter in letters.all(full=False):
+            if as_json:
+                click.echo(("," if number else "[") + "\n" + _dumped(letter), nl=False)
+            else:
+                click.echo(_line(letter))
+            number += 1
+        if as_json:
+            click.echo("\n]" if number else "[]")
+        elif not number:
+            click.echo("there are no dead letters", err=True)
+
+    _with_shelf(config_file, work)
+
+
+@command.command()
+@click.argument("ident", metavar="ID", type=click.IntRange(min=1))
+@config_option
+@json_option
+def show(config_file: str | None, ident: int, as_json: bool) -> None:
+    """Show one dead letter: PostHog's words, its past, and the event as it was sent."""
+
+    async def work(letters: Shelf) -> None:
+        letter = await letters.one(ident)
+        if letter is None:
+            raise _unknown([ident])
+        if as_json:
+            click.echo(_dumped(letter))
+            return
+        for name in ("id", "project", "uuid", "event", "distinct_id", "received_at"):
+            click.echo(f"{name:<12} {_plain(str(getattr(letter, name)))}")
+        for burial in letter.earlier:
+            click.echo(f"{'earlier':<12} {_burial(burial)}")
+        click.echo(f"{'refused':<12} {_burial(letter)}")
+        click.echo(msgspec.json.format(bytes(letter.body), indent=2))
+
+    _with_shelf(config_file, work)
+
+
+@command.command()
+@ids_argument
+@config_option
+@json_option
+def replay(config_file: str | None, ids: Sequence[int], as_json: bool) -> None:
+    """Send dead letters again, as they were (same uuid, same time): these, or without an ID all.
+
+    What is refused again becomes a dead letter again, with its past. Exits 75 where the buffer is full.
+    """
+
+    async def work(letters: Shelf) -> None:
+        found, total, full = await _each(letters, ids, letters.replay)
+        _tell(found, total, "replayed", as_json=as_json)
+        if full:
+            click.echo("capture-agent: the buffer has no room for the others, which stay", err=True)
+            click.echo("  try: again when it has drained", err=True)
+            raise SystemExit(75)
+        if ids and found < total:
+            raise _unknown(ids)
+
+    _with_shelf(config_file, work)
+
+
+@command.command()
+@ids_argument
+@click.option("--all", "everything", is_flag=True, help="All of them, without asking.")
+@config_option
+@json_option
+def purge(config_file: str | None, ids: Sequence[int], everything: bool, as_json: bool) -> None:
+    """Forget dead letters for good: these, or without an ID all, which is asked before."""
+    if ids and everything:
+        raise click.UsageError("give IDs or --all, not both")
+
+    async def work(letters: Shelf) -> None:
+        count = (await letters.kept()).kept
+        if not ids and not everything and count:
+            if not sys.stdin.isatty():
+                raise click.UsageError("give the IDs to forget, or --all: there is nobody to ask")
+            click.confirm(f"Forget all {count:,} dead letters for good?", abort=True, err=True)
+        found, total, _ = await _each(letters, ids, letters.purge)
+        _tell(found, total, "purged", as_json=as_json)
+        if ids and found < total:
+            raise _unknown(ids)
+
+    _with_shelf(config_file, work)
+
+
+@command.command()
+@ids_argument
+@config_option
+def export(config_file: str | None, ids: Sequence[int]) -> None:
+    """Print dead letters as NDJSON: these, or without an ID all.
+
+    Each line is the event, and in `dead_letter` why it was refused. The agent ignores that field, so what was
+    mended can be sent with `capture-agent send --stdin`.
+    """
+
+    async def work(letters: Shelf) -> None:
+        missing = []
+        for ident in ids:
+            letter = await letters.one(ident)
+            if letter is None:
+                missing.append(ident)
+            else:
+                click.echo(_exported(letter))
+        if missing:
+            raise _unknown(missing)
+        if not ids:
+            async for letter in letters.all(full=True):
+                click.echo(_exported(letter))
+
+    _with_shelf(config_file, work)
+
+
+def _with_shelf(config_file: str | None, work: Callable[[Shelf], Awaitable[None]]) -> None:
+    """Do something with the dead letters, wherever they are; tell what goes wrong plainly."""
+    import trio
+
+    async def run() -> None:
+        async with shelf(config_file) as letters:
+            await work(letters)
+
+    with plainly():
+        try:
+            trio.run(run)
+        except* (SystemExit, click.ClickException, click.Abort) as ended:
+            raise _first(ended) from None
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    first = group.exceptions[0]
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first
+
+
+async def _each(
+    letters: Shelf, ids: Sequence[int], do: Callable[[Sequence[int]], Awaitable[tuple[int, bool]]]
+) -> tuple[int, int, bool]:
+    """Do it to these letters or to all there are: to how many it was done, of how many, and whether full."""
+    found, full = 0, False
+    kept = await letters.kept()
+    total = len(ids) if ids else kept.kept
+    with _progress(total) as advance:
+        async for some in letters.pages(ids, kept.newest):
+            done, full = await do(some)
+            found += done
+            advance(len(some))
+            if full:
+                break
+    return found, total, full
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """On a terminal, a bar for what takes more than a moment."""
+    from agent.buffer import LETTERS_AT_ONCE
+
+    if total <= LETTERS_AT_ONCE or not sys.stderr.isatty():
+        yield lambda _some: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda some: bar.advance(task, some)
+
+
+def _tell(found: int, total: int, done: str, *, as_json: bool) -> None:
+    if as_json:
+        click.echo(f'{{"{done}":{found}}}')
+    else:
+        click.echo(f"{done} {found:,} of {total:,}")
+
+
+def _unknown(ids: Sequence[int]) -> SystemExit:
+    named = ", ".join(map(str, ids))
+    click.echo(f"capture-agent: not every one of these is a dead letter: {named}", err=True)
+    click.echo("  try: capture-agent dead-letter list", err=True)
+    return SystemExit(1)
+
+
+def _line(letter: Letter) -> str:
+    what = f"{letter.event} of {letter.distinct_id}: {letter.reason}: {letter.detail}"
+    line = _plain(f"{letter.id:>7}  {letter.at}  {letter.project}  {what}")
+    return line if len(line) <= WIDTH else line[: WIDTH - 1] + "…"
+
+
+def _burial(burial: Burial) -> str:
+    tries = f"{burial.attempts} request" + ("s" if burial.attempts != 1 else "")
+    return _plain(f"{burial.at} as {burial.reason} after {tries}: {burial.detail}")
+
+
+def _plain(text: str) -> str:
+    """What a terminal could obey is escaped."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _dumped(letter: Letter) -> str:
+    return msgspec.json.encode(letter).decode()
+
+
+def _exported(letter: Letter) -> bytes:
+    """The event byte for byte, and one field more."""
+    names = ("id", "project", "reason", "detail", "at", "attempts")
+    why = msgspec.json.encode({name: getattr(letter, name) for name in names})
+    return bytes(letter.body)[:-1] + b',"dead_letter":' + why + b"}"

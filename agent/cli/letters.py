@@ -1,0 +1,181 @@
+"""The dead letters as the commands ask for them: of the running agent or, where none runs, of its file."""
+
+import os
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import click
+import msgspec
+
+from agent.cli.options import load_config
+from agent.cli.reach import find_socket, no_permission, not_running
+
+if TYPE_CHECKING:
+    import httpx
+
+# A page is made in milliseconds; a disk that stalls may take long, and then somebody should look.
+PATIENCE_SECONDS = 60.0
+
+
+class Burial(msgspec.Struct, kw_only=True):
+    """When it was refused, and how."""
+
+    at: str
+    reason: str
+    detail: str
+    attempts: int
+
+
+class Letter(Burial, kw_only=True, omit_defaults=True):
+    """What `agent/letters.py` tells of one; `body` is the event byte for byte, where it was asked for."""
+
+    id: int
+    uuid: str
+    event: str
+    distinct_id: str
+    project: str
+    received_at: str
+    earlier: list[Burial] = []
+    body: msgspec.Raw = msgspec.Raw(b"")
+
+
+class Page(msgspec.Struct):
+    """Some letters, how many there are in all, and the newest one's id."""
+
+    kept: int
+    newest: int
+    letters: list[Letter]
+
+
+class _Done(msgspec.Struct):
+    done: int
+    full: bool = False
+
+
+class Shelf:
+    """All dead letters, fetched a page at a time."""
+
+    def __init__(self, client: "httpx.AsyncClient") -> None:
+        self._client = client
+
+    async def kept(self) -> Page:
+        """How many there are now, and the newest one's id; without any of them."""
+        return await self._page(2**62, full=False)
+
+    async def all(self, *, full: bool) -> AsyncIterator[Letter]:
+        """Each letter that there is now, the oldest first; `full` with the event itself."""
+        newest = (await self.kept()).newest
+        after = 0
+        while after < newest and (letters := (await self._page(after, full=full)).letters):
+            for letter in letters:
+                if letter.id <= newest:
+                    yield letter
+            after = letters[-1].id
+
+    async def pages(self, ids: Sequence[int], newest: int) -> AsyncIterator[Sequence[int]]:
+        """These ids, or without any those of all letters up to the newest, in lots."""
+        from agent.buffer import LETTERS_AT_ONCE
+
+        for start in range(0, len(ids), LETTERS_AT_ONCE):
+            yield ids[start : start + LETTERS_AT_ONCE]
+        after = 0
+        while not ids and after < newest and (letters := (await self._page(after, full=False)).letters):
+            if some := [letter.id for letter in letters if letter.id <= newest]:
+                yield some
+            after = letters[-1].id
+
+    async def one(self, ident: int) -> Letter | None:
+        """One letter with its event; None where there is none of this id."""
+        answer = await self._client.get(f"/dead-letters/{ident}")
+        if answer.status_code == 404:
+            return None
+        return msgspec.json.decode(answer.raise_for_status().content, type=Letter)
+
+    async def replay(self, ids: Sequence[int]) -> tuple[int, bool]:
+        """Send some again: how many there were, and whether the buffer is full."""
+        done = await self._do("replay", ids)
+        return done.done, done.full
+
+    async def purge(self, ids: Sequence[int]) -> tuple[int, bool]:
+        """Forget some: how many there were."""
+        return (await self._do("purge", ids)).done, False
+
+    async def _do(self, verb: str, ids: Sequence[int]) -> _Done:
+        answer = await self._client.post(f"/dead-letters/{verb}", json={"ids": list(ids)})
+        return msgspec.json.decode(answer.raise_for_status().content, type=_Done)
+
+    async def _page(self, after: int, *, full: bool) -> Page:
+        wanted = {"after": str(after), **({"full": "1"} if full else {})}
+        answer = await self._client.get("/dead-letters", params=wanted)
+        return msgspec.json.decode(answer.raise_for_status().content, type=Page)
+
+
+@asynccontextmanager
+async def shelf(config_file: str | None) -> AsyncIterator[Shelf]:
+    """The dead letters for a block. Exits 3 where there is neither an agent nor a buffer."""
+    import httpx
+
+    path = find_socket(config_file, "admin.sock", needed=False)
+    transport = httpx.AsyncHTTPTransport(uds=path) if path else None
+    if transport is not None:
+        client = httpx.AsyncClient(transport=transport, base_url="http://agent", timeout=PATIENCE_SECONDS)
+        async with client:
+            try:
+                await client.get("/livez")
+            except httpx.ConnectError as error:
+                if "Permission denied" in str(error):
+                    raise no_permission(path) from None
+            else:
+                async with _plainly(path):
+                    yield Shelf(client)
+                return
+    async with _opened(config_file, path) as shelved:
+        yield shelved
+
+
+@asynccontextmanager
+async def _plainly(path: str) -> AsyncIterator[None]:
+    """An agent that does not answer as it should is told in one line; exit code 1."""
+    import httpx
+
+    try:
+        yield
+    except httpx.HTTPStatusError as error:
+        what = f"HTTP {error.response.status_code}"
+        click.echo(f"capture-agent: the agent at {path} refused: {what}; its log says why", err=True)
+        raise SystemExit(1) from None
+    except httpx.HTTPError as error:
+        click.echo(f"capture-agent: the agent at {path} does not answer: {error}", err=True)
+        raise SystemExit(1) from None
+
+
+@asynccontextmanager
+async def _opened(config_file: str | None, sock: str) -> AsyncIterator[Shelf]:
+    """The letters of a buffer that no agent has open."""
+    import httpx
+
+    from agent import logs
+    from agent.offline import offline
+
+    settings = load_config(config_file, keys=False).buffer
+    if settings.kind != "sqlite" or not _as_owner(settings.path):
+        raise not_running(sock or "its admin socket, which is off")
+    logs.set_up("warning", "auto", os.environ)
+    async with offline(settings) as app:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://buffer") as client:
+            yield Shelf(client)
+
+
+def _as_owner(path: str) -> bool:
+    """Whether there is such a file. As root, become its owner: what SQLite makes beside it must be theirs."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return False
+    if os.geteuid() == 0 and found.st_uid != 0:
+        os.setgroups([])
+        os.setegid(found.st_gid)
+        os.seteuid(found.st_uid)
+    return True

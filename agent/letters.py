@@ -1,0 +1,102 @@
+"""The dead letters' pages: listed, shown, sent again, forgotten; for the admin socket only.
+
+They serve a running agent's socket and, where none runs, the command that opened the buffer itself: so there
+is one way to ask. A page holds at most `LETTERS_AT_ONCE`, so that neither side ever holds many.
+"""
+
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from agent.buffer import LETTERS_AT_ONCE, DeadLetter, DeadLetters
+from agent.units import format_time
+
+
+class _Event(msgspec.Struct):
+    """What of an event tells it from others. The door has vouched for it."""
+
+    event: str
+    distinct_id: str
+    uuid: str
+
+
+class _Wish(msgspec.Struct):
+    """Which letters something is to be done to."""
+
+    ids: list[int]
+
+
+_read_event = msgspec.json.Decoder(_Event).decode
+_read_wish = msgspec.json.Decoder(_Wish).decode
+
+
+def routes(letters: DeadLetters) -> list[Route]:
+    """The pages, to be part of an app."""
+
+    async def index(request: Request) -> Response:
+        """`?after=ID`: the next page; `?full=1`: with the events themselves."""
+        after, full = request.query_params.get("after", "0"), "full" in request.query_params
+        if not after.isascii() or not after.isdecimal():
+            return _refused("after is not the id of a dead letter")
+        kept = await letters.letters_kept()
+        page = [_told(letter, full=full) for letter in await letters.letters(int(after), LETTERS_AT_ONCE)]
+        return _json({"kept": kept.letters, "newest": kept.newest, "letters": page})
+
+    async def show(request: Request) -> Response:
+        letter = await letters.letter(request.path_params["ident"])
+        return _json(_told(letter, full=True)) if letter else _refused("there is no such dead letter", 404)
+
+    async def replay(request: Request) -> Response:
+        wish = await _wish(request)
+        if isinstance(wish, Response):
+            return wish
+        replayed = await letters.replay(wish.ids)
+        return _json({"done": replayed.letters, "full": replayed.full})
+
+    async def purge(request: Request) -> Response:
+        wish = await _wish(request)
+        return wish if isinstance(wish, Response) else _json({"done": await letters.purge(wish.ids)})
+
+    return [
+        Route("/dead-letters", index),
+        Route("/dead-letters/replay", replay, methods=["POST"]),
+        Route("/dead-letters/purge", purge, methods=["POST"]),
+        Route("/dead-letters/{ident:int}", show),
+    ]
+
+
+async def _wish(request: Request) -> _Wish | Response:
+    try:
+        return _read_wish(await request.body())
+    except (msgspec.DecodeError, RecursionError):
+        return _refused('the body is not {"ids": [1, 2, ...]}')
+
+
+def _told(letter: DeadLetter, *, full: bool) -> dict[str, Any]:
+    """A letter as JSON-able values; its event as it is, only where asked for."""
+    event = _read_event(letter.event)
+    brief: dict[str, Any] = {
+        "id": letter.id,
+        "uuid": event.uuid,
+        "event": event.event,
+        "distinct_id": event.distinct_id,
+        "project": letter.project,
+        "reason": letter.reason,
+        "detail": letter.detail,
+        "at": format_time(letter.at),
+        "received_at": format_time(letter.received_at),
+        "attempts": letter.attempts + sum(burial.attempts for burial in letter.burials),
+    }
+    earlier = [{**burial._asdict(), "at": format_time(burial.at)} for burial in letter.burials]
+    return brief | {"earlier": earlier, "body": msgspec.Raw(letter.event)} if full else brief
+
+
+def _json(document: object) -> Response:
+    return Response(msgspec.json.encode(document), media_type="application/json")
+
+
+def _refused(why: str, status: int = 400) -> Response:
+    return JSONResponse({"error": why}, status)
