@@ -19,7 +19,7 @@ import trio
 
 from agent.accept.sockets import address_of, bind_address, bind_unix, removed_at_the_end
 from agent.accept.source import Source, bound
-from agent.buffer import Buffer
+from agent.buffer import Buffer, Kept
 from agent.buffer.memory import open_memory
 from agent.buffer.sqlite import open_sqlite
 from agent.clock import Clock
@@ -27,6 +27,7 @@ from agent.config import Admin, Config, UnixStream
 from agent.config import Source as Settings
 from agent.memory import keep_freed, settle_in
 from agent.metrics import Metrics
+from agent.timekeeper import Timekeeper
 from agent.ways_out import try_ways_out
 
 if TYPE_CHECKING:
@@ -73,13 +74,13 @@ class Agent:
                 showing.cancel_scope.cancel()
         log.info("stopped")
 
-    def _open_buffer(self) -> AbstractAsyncContextManager[Buffer]:
+    def _open_buffer(self) -> AbstractAsyncContextManager[Kept]:
         settings = self.config.buffer
         return open_memory(settings) if settings.kind == "memory" else open_sqlite(settings, self._metrics)
 
     async def _serve(
         self,
-        buffer: Buffer,
+        buffer: Kept,
         sockets: list[tuple[socket.socket, int | None]],
         pages: list[tuple[socket.socket, bool]],
         showing: trio.Nursery,
@@ -89,14 +90,17 @@ class Agent:
         for settings, (sock, granted) in zip(self.config.sources, sockets, strict=True):
             project = projects[settings.project]
             self.sources.append(Source(settings, project, sock, granted, buffer, self._clock))
-        async with trio.open_nursery() as delivering:
+        timekeeper = Timekeeper(self._clock, buffer)
+        await timekeeper.look()  # before anything is stamped
+        async with trio.open_nursery() as delivering, trio.open_nursery() as watching:
+            watching.start_soon(timekeeper.run)
             async with trio.open_nursery() as accepting:
                 for source in self.sources:
                     accepting.start_soon(source.run, self.stop)
                 places = [f"{source.settings.name} at {source.address}" for source in self.sources]
                 log.info("ready", sources=", ".join(places), buffer=self.config.buffer.path)
                 self.ready.set()
-                outside = await self._load_outside(buffer)
+                outside = await self._load_outside(buffer, timekeeper)
                 await delivering.start(outside.deliver)
                 await showing.start(outside.show, pages)
                 settle_in()
@@ -107,14 +111,17 @@ class Agent:
                 showing.start_soon(_close_door, buffer, accepting.cancel_scope)
             if accepting.cancel_scope.cancelled_caught:
                 log.error("the buffer did not answer; what was received and not acknowledged is lost")
+            watching.cancel_scope.cancel()
             outside.drain()
             patience = min(trio.current_time() + DRAIN_SECONDS, stopped + STOP_SECONDS)
             delivering.cancel_scope.deadline = patience
 
-    async def _load_outside(self, buffer: Buffer) -> "Outside":
+    async def _load_outside(self, buffer: Kept, timekeeper: Timekeeper) -> "Outside":
         """Load, in a thread, what takes longer to load than senders should wait."""
         module = await trio.to_thread.run_sync(import_module, "agent.outside")
-        made: Outside = module.Outside(self.config, buffer, self.sources, self._metrics, self._clock)
+        made: Outside = module.Outside(
+            self.config, buffer, self.sources, self._metrics, self._clock, timekeeper
+        )
         return made
 
 

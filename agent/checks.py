@@ -58,6 +58,15 @@ _OWN_HEADERS = {
     "upgrade",
 }
 
+# These say whose a request by v1 is and which try (`rust/capture/src/v1/constants.rs`).
+_V1_HEADERS = {
+    "authorization",
+    "posthog-attempt",
+    "posthog-request-id",
+    "posthog-request-timestamp",
+    "posthog-sdk-info",
+}
+
 
 def of(settings: Settings) -> Iterator[Wrong]:
     """What is wrong with one table."""
@@ -96,6 +105,8 @@ def _of_delivery(delivery: Delivery) -> Iterator[Wrong]:
             yield f"headers.{name}", "is no name for an HTTP header"
         elif name.lower() in _OWN_HEADERS:
             yield f"headers.{name}", "is set by the agent itself"
+        elif delivery.protocol != "batch" and name.lower() in _V1_HEADERS:
+            yield f"headers.{name}", f'is set by the agent itself with protocol = "{delivery.protocol}"'
         elif not (value.isascii() and value.isprintable()) or value != value.strip():
             yield f"headers.{name}", "may only hold printable ASCII, with no space at its ends"
     proxy = delivery.proxy.reveal()

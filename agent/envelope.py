@@ -6,7 +6,7 @@ let through here, PostHog accepts. Nothing here raises for anything that a clien
 
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
@@ -46,7 +46,6 @@ class Envelope(msgspec.Struct, omit_defaults=True, gc=False):
     uuid: str | None = None
     timestamp: str | int | float | None = None
     properties: Raw = Raw(b"{}")
-    options: Raw | UnsetType = UNSET
     set: Raw | UnsetType = msgspec.field(name="$set", default=UNSET)
     set_once: Raw | UnsetType = msgspec.field(name="$set_once", default=UNSET)
     groups: Raw | UnsetType = msgspec.field(name="$groups", default=UNSET)
@@ -164,8 +163,11 @@ def too_deep(line: bytes) -> bool:
 
 def complete(
     envelope: Envelope, defaults: Mapping[str, Raw], distinct_id: str, stamp: Stamp, flaws: Flaws
-) -> Reason | None:
-    """Make a decoded event whole, in place, or tell which rule it breaks."""
+) -> Reason | bytes:
+    """Make a decoded event whole, in place, or tell which rule it breaks.
+
+    Gives the text that belongs behind its properties: no field of the envelope, as no client may write it.
+    """
     reason = _complete_id(envelope, distinct_id) or _complete_uuid(envelope, stamp)
     if reason is not None:
         return reason
@@ -176,11 +178,8 @@ def complete(
     except DECODE_ERRORS:
         return "bad_properties"
     envelope.set = envelope.set_once = envelope.groups = UNSET
-    envelope.options = UNSET
     if (options := _options(properties)) is None:
         return "bad_properties"
-    if options:
-        envelope.options = Raw(_encode(options))
     when = utc(envelope.timestamp)
     if when is None:
         if envelope.timestamp is not None:
@@ -191,7 +190,7 @@ def complete(
     for name, value in defaults.items():
         properties.setdefault(name, value)
     envelope.properties = Raw(_encode(properties))
-    return None
+    return b',"options":' + _encode(options) if options else b""
 
 
 def _complete_id(envelope: Envelope, default: str) -> Reason | None:
@@ -228,6 +227,30 @@ def _complete_uuid(envelope: Envelope, stamp: Stamp) -> Reason | None:
             return "bad_uuid"
         return None
     return "bad_uuid"
+
+
+# v1 drops an event whose name or id is longer (`rust/capture/src/v1/analytics/constants.rs`), in bytes.
+LONGEST_BYTES = 200
+
+
+def over_long(envelope: Envelope) -> bool:
+    """Whether PostHog's v1 protocol would drop a complete event for the bytes of its name or id."""
+    return any(
+        not text.isascii() and len(text.encode()) > LONGEST_BYTES
+        for text in (envelope.event, str(envelope.distinct_id))
+    )
+
+
+def before_a_repeat(envelopes: Sequence[Envelope]) -> int:
+    """How many of these complete events come before one whose uuid is there already."""
+    seen = set()
+    for number, envelope in enumerate(envelopes):
+        if envelope.uuid is not None:
+            ident = envelope.uuid.lower()
+            if ident in seen:
+                return number
+            seen.add(ident)
+    return len(envelopes)
 
 
 def _fold(properties: dict[str, Raw], name: str, raw: Raw | UnsetType) -> None:

@@ -27,7 +27,7 @@ BODY_BUCKETS = (512.0, 2048.0, 8192.0, 32768.0, 131072.0, 524288.0, 2097152.0, 2
 DELIVERY_BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 15.0, 60.0, 300.0, 3600.0, 86400.0, 604800.0)
 
 HOLDS = ("key", "billing", "host", "breaker", "rejected", "unconfigured")
-DEAD_REASONS = ("rejected", "too_large")
+DEAD_REASONS = ("rejected", "too_large", "dropped", "too_long")
 
 
 class DeliveryFacts(NamedTuple):
@@ -36,6 +36,7 @@ class DeliveryFacts(NamedTuple):
     project: str
     concurrency: int
     held: str  # the reason; empty when it is not held
+    ahead: int | None  # the host's clock, of PostHog's (µs)
 
 
 class Pulled(NamedTuple):
@@ -47,6 +48,7 @@ class Pulled(NamedTuple):
     books: Callable[[], Books]
     stats: Callable[[], Stats]
     deliveries: Callable[[], Iterable[DeliveryFacts]]
+    clock_steps: Callable[[], int]
     now: Callable[[], int]
     build: Mapping[str, str]
 
@@ -98,6 +100,8 @@ class _Pulling(Collector):
         yield _counter("dead_evicted", "Dead letters pushed out by newer ones", books, "dead_evicted")
         yield from self._of_buffer()
         yield from self._of_deliveries()
+        text = "How often the host's clock was set by more than a second since the start"
+        yield CounterMetricFamily(PREFIX + "clock_steps", text, value=self._pulled.clock_steps())
         build = GaugeMetricFamily(PREFIX + "build_info", "Always 1", labels=list(self._pulled.build))
         build.add_metric(list(self._pulled.build.values()), 1)
         yield build
@@ -122,6 +126,8 @@ class _Pulling(Collector):
     def _of_projects(self, books: Books) -> Iterator[Metric]:
         projects = self._pulled.projects
         yield _labelled("events_delivered", "Taken by PostHog", books, "delivered", "project", projects)
+        text = "Taken by PostHog with a remark, beside those without"
+        yield _labelled("events_warned", text, books, "warned", "project", projects)
         text = "Refused by PostHog for good"
         yield _labelled("events_dead", text, books, "dead", "project", projects, reasons=DEAD_REASONS)
 
@@ -147,12 +153,20 @@ class _Pulling(Collector):
             "1 while nothing is sent until something changes",
             labels=["project", "reason"],
         )
+        ahead = GaugeMetricFamily(
+            PREFIX + "clock_ahead_seconds",
+            "The host's clock less PostHog's, by its last answer; absent until there was one",
+            labels=["project"],
+        )
         for facts in self._pulled.deliveries():
+            if facts.ahead is not None:
+                ahead.add_metric([facts.project], facts.ahead / 1_000_000)
             concurrency.add_metric([facts.project], facts.concurrency)
             for reason in HOLDS:
                 held.add_metric([facts.project, reason], float(facts.held == reason))
         yield concurrency
         yield held
+        yield ahead
 
 
 def _counter(

@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from socket import socket
-from typing import Protocol
 
 import structlog
 import trio
@@ -14,32 +13,36 @@ import trio
 from agent import __version__, httpd
 from agent.accept.source import Source
 from agent.admin import View, make_app
-from agent.buffer import Buffer, DeadLetters
+from agent.buffer import Kept
 from agent.clock import Clock
 from agent.config import Config
 from agent.deliver.client import Client
 from agent.deliver.worker import Delivery
 from agent.metrics import DeliveryFacts, Metrics, Pulled
-from agent.status import Document, describe
+from agent.status import AboutClock, Document, describe
+from agent.timekeeper import Timekeeper
 
 log = structlog.get_logger("agent")
-
-
-class Kept(Buffer, DeadLetters, Protocol):
-    """A buffer whose dead letters can be looked at."""
 
 
 class Outside:
     """The deliveries and the pages of one agent; `state` is what the pages call it."""
 
     def __init__(
-        self, config: Config, buffer: Kept, sources: Sequence[Source], metrics: Metrics, clock: Clock
+        self,
+        config: Config,
+        buffer: Kept,
+        sources: Sequence[Source],
+        metrics: Metrics,
+        clock: Clock,
+        timekeeper: Timekeeper,
     ) -> None:
         self._config = config
         self._buffer = buffer
         self._sources = sources
         self._metrics = metrics
         self._clock = clock
+        self._timekeeper = timekeeper
         self._deliveries: list[Delivery] = []
         self._started = time.monotonic()
         self.state = "running"
@@ -80,6 +83,7 @@ class Outside:
                 books=self._buffer.books,
                 stats=self._buffer.stats,
                 deliveries=self._facts,
+                clock_steps=lambda: self._timekeeper.steps,
                 now=lambda: self._clock.now().wall,
                 build={
                     "version": __version__,
@@ -101,10 +105,11 @@ class Outside:
                 delivery.project.name,
                 delivery.pace.concurrency,
                 delivery.pace.hold.reason if delivery.pace.hold else "",
+                delivery.courier.ahead,
             )
             for delivery in self._deliveries
         ]
-        return facts + [DeliveryFacts(name, 0, "unconfigured") for name in self._unconfigured()]
+        return facts + [DeliveryFacts(name, 0, "unconfigured", None) for name in self._unconfigured()]
 
     def _unconfigured(self) -> list[str]:
         """Projects that have events in the buffer, but no place in the configuration any more."""
@@ -119,9 +124,16 @@ class Outside:
             self._deliveries,
             state=self.state,
             uptime=time.monotonic() - self._started,
+            clock=self._about_clock(),
             wall=self._clock.now().wall,
             monotonic=trio.current_time(),
             private=private,
+        )
+
+    def _about_clock(self) -> AboutClock:
+        last = self._timekeeper.last
+        return AboutClock(
+            self._clock.now().boot, self._timekeeper.steps, last and last.at, last.by if last else 0
         )
 
     def _unready(self) -> str:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from agent import __version__
 from agent.accept.source import Source
@@ -14,6 +14,15 @@ from agent.units import format_time
 Document = dict[str, Any]
 
 
+class AboutClock(NamedTuple):
+    """This boot, how often the host's clock was set since the start, when last (µs) and by how much (µs)."""
+
+    boot: str
+    steps: int
+    last_at: int | None
+    last_by: int
+
+
 def describe(
     config: Config,
     buffer: Buffer,
@@ -22,6 +31,7 @@ def describe(
     *,
     state: str,
     uptime: float,
+    clock: AboutClock,
     wall: int,
     monotonic: float,
     private: bool,
@@ -56,6 +66,13 @@ def describe(
             *(_project(delivery, books, monotonic, private=private) for delivery in deliveries),
             *_unconfigured(config, stats, books),
         ],
+        "clock": {
+            "now": format_time(wall),
+            "boot": clock.boot or None,
+            "steps": clock.steps,
+            "last_step": clock.last_at
+            and {"at": format_time(clock.last_at), "seconds": clock.last_by / 1_000_000},
+        },
         "books": balance(books, stats.events),
         "rejects": _rejects(sources) if private else [],
     }
@@ -83,6 +100,7 @@ def _source(source: Source, books: Books) -> Document:
 
 def _project(delivery: Delivery, books: Books, monotonic: float, *, private: bool) -> Document:
     name, hold, trouble = delivery.project.name, delivery.pace.hold, delivery.trouble
+    ahead = delivery.courier.ahead
     return {
         "name": name,
         "host": delivery.project.host,
@@ -93,11 +111,13 @@ def _project(delivery: Delivery, books: Books, monotonic: float, *, private: boo
             "since_seconds": round(monotonic - hold.since, 3),
             "next_probe_seconds": max(0.0, round(hold.probe_at - monotonic, 3)),
         },
+        "protocol": delivery.courier.protocol,
+        "clock_ahead_seconds": ahead and round(ahead / 1_000_000, 1),
         "concurrency": delivery.pace.concurrency,
         "failures": delivery.pace.failures,
         "delivered": _total(books, "delivered", name),
         "dead": _by_reason(books, "dead", name),
-        "requests": {str(status): count for status, count in sorted(delivery.statuses.items())},
+        "requests": {str(status): count for status, count in sorted(delivery.courier.statuses.items())},
         "last_error": {"text": trouble.text, "at": format_time(trouble.at)} if trouble and private else None,
     }
 
@@ -111,6 +131,8 @@ def _unconfigured(config: Config, stats: Stats, books: Books) -> list[Document]:
             "name": name,
             "host": None,
             "held": {"reason": "unconfigured", "why": why, "since_seconds": None, "next_probe_seconds": None},
+            "protocol": None,
+            "clock_ahead_seconds": None,
             "concurrency": 0,
             "failures": 0,
             "delivered": _total(books, "delivered", name),

@@ -11,6 +11,7 @@ import re
 import secrets
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from itertools import accumulate
 from typing import Annotated
 
@@ -24,11 +25,25 @@ from agent.envelope import (
     OPTIONS,
     Envelope,
     Flaws,
+    before_a_repeat,
     complete,
     examine,
+    over_long,
     too_deep,
 )
-from agent.events import CHUNK_BYTES, CHUNK_EVENTS, Chunk, Instant, Read, Reason, Reject, Tally, sample
+from agent.events import (
+    CHUNK_BYTES,
+    CHUNK_EVENTS,
+    GIVEN,
+    LONG,
+    Chunk,
+    Instant,
+    Read,
+    Reason,
+    Reject,
+    Tally,
+    sample,
+)
 from agent.pack import crc32, deflate
 from agent.texts import MARK, Texts, stamp_of, stamps_of, uuids_of
 
@@ -104,7 +119,8 @@ class Door:
             stamps = [stamps[first[read] + line] for read, line in places]
         uuids = uuids_of(reads[0].at.wall if reads else 0, random, len(envelopes))
         texts = Texts(envelopes, [self._prefix] * len(envelopes), [], uuids, stamps)
-        odd = self._complete(texts, self._concerned(opened), flaws)
+        given: set[str] = set()
+        odd = self._complete(texts, self._concerned(opened), flaws, given)
         if odd:
             where = places or _places(lines, odd)
             for at, reason in odd.items():
@@ -116,7 +132,7 @@ class Door:
                 lines[number] += 1
         rejects.sort(key=_by_place)
         return Decoded(
-            chunks=self._chunks(texts, reads[0].at) if texts.envelopes else (),
+            chunks=self._chunks(texts, reads[0].at, given) if texts.envelopes else (),
             rejects=rejects,
             lines=lines,
             tally=self._tally(sum(lines), rejects, flaws),
@@ -175,8 +191,10 @@ class Door:
             return True
         return any(key in blob for key in self._plain)
 
-    def _complete(self, texts: Texts, concerned: bool, flaws: Flaws) -> dict[int, Reason]:
+    def _complete(self, texts: Texts, concerned: bool, flaws: Flaws, given: set[str]) -> dict[int, Reason]:
         """Complete every event in place; those that break a rule, by their place. The hot loop.
+
+        Uuids that came from clients are added to `given`.
 
         A plain event's properties stay the bytes that they are: the source's own are laid before them, its
         uuid and timestamp behind. Any other is completed field by field.
@@ -201,17 +219,21 @@ class Door:
                 keep(properties[1:])
             else:
                 stamp = stamp_of(texts.uuids[at], texts.stamps[at])
-                if reason := complete(envelope, self._defaults, self.rules.distinct_id, stamp, flaws):
-                    odd[at] = reason
+                behind = complete(envelope, self._defaults, self.rules.distinct_id, stamp, flaws)
+                if isinstance(behind, str):
+                    odd[at] = behind
                     keep(b"")
                     continue
+                if envelope.uuid != stamp.uuid:
+                    given.add(str(envelope.uuid))
                 keep(bytes(envelope.properties))
-                texts.prefixes[at] = texts.uuids[at] = texts.stamps[at] = b""
+                texts.prefixes[at] = texts.uuids[at] = b""
+                texts.stamps[at] = behind
             envelope.properties = mark
         return odd
 
-    def _chunks(self, texts: Texts, at: Instant) -> list[Chunk]:
-        """The events as chunks, none beyond the project's limits or a chunk's own."""
+    def _chunks(self, texts: Texts, at: Instant, given: AbstractSet[str]) -> list[Chunk]:
+        """The events as chunks, none beyond the limits of the project or a chunk, no uuid twice in one."""
         count = len(texts.envelopes)
         most = min(self.rules.max_batch_events, CHUNK_EVENTS)
         size = -(-count // -(-count // most))
@@ -220,11 +242,18 @@ class Door:
         chunks: list[Chunk] = []
         while todo:
             first, end = todo.pop()
+            envelopes = texts.envelopes[first:end]
+            if given and (unlike := before_a_repeat(envelopes)) < len(envelopes):
+                todo += ((first + unlike, end), (first, first + unlike))
+                continue
             data = texts.joined(first, end)
             if len(data) > largest and end - first > 1:
                 middle = (first + end) // 2
                 todo += ((middle, end), (first, middle))
                 continue
+            marks = LONG if not data.isascii() and any(map(over_long, envelopes)) else 0
+            if given and any(envelope.uuid in given for envelope in envelopes):
+                marks |= GIVEN
             chunks.append(
                 Chunk(
                     project=self.rules.project,
@@ -235,6 +264,7 @@ class Door:
                     boot=at.boot,
                     monotonic=at.monotonic,
                     packed=deflate(data),
+                    marks=marks,
                 )
             )
         return chunks
@@ -283,7 +313,7 @@ def _is_utf8(blob: bytes) -> bool:
 
 def _has_roots(envelope: Envelope) -> bool:
     """Whether an event has root fields that belong into its properties."""
-    return not (envelope.set is envelope.set_once is envelope.groups is envelope.options is UNSET)
+    return not (envelope.set is envelope.set_once is envelope.groups is UNSET)
 
 
 def _places(lines: Sequence[int], at: Mapping[int, Reason]) -> dict[int, tuple[int, int]]:

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 import pytest
@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agent import config
-from agent.buffer import MOST_BURIALS, Buffer, DeadEvent, DeadLetters, Entry, Lease, Limits, leased
+from agent.buffer import CLOCKS_KEPT, MOST_BURIALS, Buffer, DeadEvent, Entry, Kept, Lease, Limits, leased
 from agent.buffer.memory import open_memory
 from agent.buffer.sqlite import open_sqlite
 from agent.events import Burial, Chunk, Tally
@@ -25,11 +25,7 @@ from agent.pack import inflate
 ALL = Limits(10**9, 2**40)
 
 
-class Whole(Buffer, DeadLetters, Protocol):
-    """What every buffer is."""
-
-
-Opener = Callable[..., AbstractAsyncContextManager[Whole]]
+Opener = Callable[..., AbstractAsyncContextManager[Kept]]
 
 
 @pytest.fixture(params=["memory", "sqlite"])
@@ -37,9 +33,9 @@ def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Opener:
     """Opens a buffer with the given settings; the same file each time, where there is one."""
 
     @asynccontextmanager
-    async def opener(**given_settings: Any) -> AsyncIterator[Whole]:
+    async def opener(**given_settings: Any) -> AsyncIterator[Kept]:
         chosen = config.Buffer(**{"path": str(tmp_path / "b.db"), "kind": request.param, **given_settings})
-        opening: AbstractAsyncContextManager[Whole]
+        opening: AbstractAsyncContextManager[Kept]
         opening = open_memory(chosen) if request.param == "memory" else open_sqlite(chosen, Metrics())
         async with opening as buffer:
             with trio.fail_after(30):
@@ -400,6 +396,20 @@ async def test_purged_letters_are_gone(opened: Opener) -> None:
         assert [letter.id for letter in await buffer.letters(0, 10)] == [ids[1]]
         assert total(buffer, "purged") == 2
         assert_balanced(buffer)
+
+
+async def test_clocks_of_boots_are_kept(opened: Opener) -> None:
+    """The last word on each, and of the oldest boots none."""
+    async with opened() as buffer:
+        await buffer.note_clock("a", 1)
+        await buffer.note_clock("b", 2)
+        await buffer.note_clock("a", 3)
+        assert buffer.clocks() == {"a": 3, "b": 2}
+        for number in range(CLOCKS_KEPT - 1):
+            await buffer.note_clock(f"later-{number}", number)
+        assert len(buffer.clocks()) == CLOCKS_KEPT
+        assert "b" not in buffer.clocks()
+        assert buffer.clocks()["a"] == 3
 
 
 async def test_what_is_left_of_a_chunk_keeps_its_own_place(opened: Opener) -> None:

@@ -15,7 +15,7 @@ import trio.testing
 
 from agent.config import Secret
 from agent.deliver.client import BODY_START, Client, ClientError, Reply
-from agent.deliver.wire import Refused, Retry
+from agent.deliver.verdict import Refused, Retry
 
 SECRET = "phc_secret-of-this-test"
 
@@ -273,32 +273,34 @@ async def hang_up(stream: trio.abc.Stream) -> None:
     await stream.aclose()
 
 
-FAILURES: dict[str, tuple[Serve, str]] = {
-    "no answer": (never, "no answer within 0.4 s"),
-    "an answer a byte at a time": (drip, "no answer within 0.4 s"),
-    "closed": (hang_up, "connection closed without an answer"),
-    "reset": (reset, "connection broken: Connection reset by peer"),  # type: ignore[dict-item]
-    "not HTTP": (answering(b"220 smtp.example ESMTP\r\n\r\n"), "the answer was not HTTP"),
-    "half a head": (answering(b"HTTP/1.1 200 OK\r\nContent-"), "no answer within 0.4 s"),
+FAILURES: dict[str, tuple[Serve, str, bool]] = {
+    "no answer": (never, "no answer within 0.4 s", True),
+    "an answer a byte at a time": (drip, "no answer within 0.4 s", True),
+    "closed": (hang_up, "connection closed without an answer", True),
+    "reset": (reset, "connection broken: Connection reset by peer", True),  # type: ignore[dict-item]
+    "not HTTP": (answering(b"220 smtp.example ESMTP\r\n\r\n"), "the answer was not HTTP", False),
+    "half a head": (answering(b"HTTP/1.1 200 OK\r\nContent-"), "no answer within 0.4 s", True),
     "two lengths": (
         answering(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab"),
         "the answer was not HTTP",
+        False,
     ),
     "endless headers": (
         answering(b"HTTP/1.1 200 OK\r\n" + b"X-A: " + b"a" * 200_000),
         "the answer was not HTTP",
+        False,
     ),
 }
 
 
 @pytest.mark.parametrize("case", FAILURES.values(), ids=FAILURES)
-async def test_every_failure_is_a_retry_with_a_reason(case: tuple[Serve, str]) -> None:
+async def test_every_failure_is_a_retry_with_a_reason(case: tuple[Serve, str, bool]) -> None:
     """No exception of httpx, h11 or the system comes out, and the timeout is for all of it."""
-    serve, reason = case
+    serve, reason, cut = case
     async with serving(serve) as server:
         with trio.fail_after(3):
             verdict = await post(server.url, Settings(timeout=0.4))
-    assert verdict == Retry(None, reason)
+    assert verdict == Retry(None, reason, cut=cut)
 
 
 async def test_a_server_that_never_reads_is_left_in_time() -> None:
@@ -309,7 +311,7 @@ async def test_a_server_that_never_reads_is_left_in_time() -> None:
     with listener:
         port = listener.getsockname()[1]
         verdict = await post(f"http://127.0.0.1:{port}/", Settings(timeout=0.4), body=b"x" * 20_000_000)
-    assert verdict == Retry(None, "no answer within 0.4 s")
+    assert verdict == Retry(None, "no answer within 0.4 s", cut=True)
 
 
 async def test_nobody_listens() -> None:

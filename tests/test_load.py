@@ -142,6 +142,10 @@ def test_what_is_printed_resolved_reads_back_as_the_same() -> None:
             "delivery.headers.Content-Type: is set by the agent itself",
         ),
         (
+            "[delivery]\nprotocol = 'auto'\nheaders = { Authorization = 'x' }\n",
+            'delivery.headers.Authorization: is set by the agent itself with protocol = "auto"',
+        ),
+        (
             '[delivery.headers]\nX-A = "a\\u000ab"\n',
             "delivery.headers.X-A: may only hold printable ASCII, with no space at its ends",
         ),

@@ -10,17 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.deliver.pace import HELD, PROBE_SECONDS, Held, Hold, Pace, Pass
-from agent.deliver.wire import Accepted, Refusal, Refused, Rejected, Retry, Split, Verdict
+from agent.deliver.verdict import Accepted, Refusal, Refused, Rejected, Retry, Split, Verdict
 
 
 class Settings(NamedTuple):
-    """The delivery settings that a pace reads, with their defaults."""
+    """The delivery settings that a pace reads, with their defaults; without the recovery of the rate."""
 
     backoff_base: float = 1.0
     backoff_max: float = 30.0
     max_attempts: int = 0
     cooldown: float = 60.0
     concurrency: int = 8
+    linger: float = 0.0
 
 
 BUSY = Retry(None, "HTTP 503")
@@ -70,11 +71,14 @@ def test_the_nth_wait_is_drawn_between_its_bounds(failures: int) -> None:
     """uniform(base/4, min(backoff_max, base * 2^n))."""
     for uniform, bound in ((lowest, 0.25), (highest, min(30.0, 2.0**failures))):
         pace, now = Pace(Settings()), 0.0
+        wait = 0.0
         for _ in range(failures):
             now = max(now, pace.ready_at)
-            pace.record(admitted(pace, now), BUSY, now, uniform)
-        assert pace.ready_at - now == pytest.approx(bound)
+            wait = pace.record(admitted(pace, now), BUSY, now, uniform)
+        assert wait == pytest.approx(bound)
         assert pace.hold is None
+        if failures > 1:
+            assert pace.ready_at - now == pytest.approx(bound)
 
 
 def test_a_wait_stays_finite_for_ever() -> None:
@@ -101,10 +105,70 @@ def test_eight_failures_in_one_second_are_one_step() -> None:
     pace = warm(max_attempts=3)
     leaves = admitted_all(pace, 0.0)
     assert len(leaves) == 8
-    for leave in leaves:
-        pace.record(leave, BUSY, 0.1, lowest)
+    waits = [pace.record(leave, BUSY, 0.1, lowest) for leave in leaves]
     assert (pace.failures, pace.hold, pace.in_flight) == (1, None, 0)
-    assert pace.ready_at == pytest.approx(0.35)
+    assert waits == [0.25] * 8
+
+
+def test_a_lone_failure_stops_only_its_batch() -> None:
+    """Among acceptances it halves the window; a second one without any between is an outage."""
+    pace = warm()
+    first, second, third, *others = admitted_all(pace, 0.0)
+    assert pace.record(first, BUSY, 0.0, highest) == 2.0
+    assert (pace.concurrency, pace.waiting, pace.failures) == (4, False, 1)
+    assert pace.record(second, Accepted(), 0.1, highest) == 0.0
+    assert (pace.concurrency, pace.failures) == (4, 0)
+    pace.record(third, BUSY, 0.2, highest)  # an echo: it was sent before the window was halved
+    assert (pace.concurrency, pace.waiting) == (4, False)
+    for leave in others:
+        pace.record(leave, None, 0.3, highest)
+    pace.record(admitted(pace, 0.3), BUSY, 0.3, highest)
+    pace.record(admitted(pace, 0.3), BUSY, 0.3, highest)
+    assert (pace.concurrency, pace.waiting, pace.ready_at) == (1, True, 4.3)
+
+
+def test_after_an_outage_the_rate_recovers_slowly() -> None:
+    """As long as it lasted no more requests than in quiet times, then twice as many each twelfth of it."""
+    pace = Pace(Settings(linger=0.5))
+    now = 0.0
+    while now < 36.0:
+        pace.record(admitted(pace, now), BUSY, now, highest)
+        now = max(pace.ready_at, now + 1)
+    pace.record(admitted(pace, now), Accepted(), now, lowest)
+    begun, times = now, []
+    while now < begun + 120:
+        if isinstance(leave := pace.admit(now), Pass):
+            times.append(now - begun)
+            pace.record(leave, Accepted(), now, lowest)
+        else:
+            now += min(leave, 1.0)
+            continue
+        if len(times) > 5000:
+            break
+    outage = begun - 1.0  # the first failure was a lone one
+    for second in range(int(outage)):
+        assert len([at for at in times if second <= at < second + 1]) <= 3
+    assert times[-1] < 2 * outage
+
+
+def test_a_short_glitch_is_soon_forgotten() -> None:
+    """Two seconds of outage cost two seconds of patience, and not a minute."""
+    pace = warm(linger=0.5)
+    for now in (0.0, 1.0):
+        pace.record(admitted(pace, now), BUSY, now, lowest)
+    pace.record(admitted(pace, 3.0), Accepted(), 3.0, lowest)
+    assert pace.admit(3.0) == pytest.approx(0.5)
+    pace.record(admitted(pace, 3.5), Accepted(), 3.5, lowest)
+    assert isinstance(pace.admit(7.1), Pass)
+    assert isinstance(pace.admit(7.1), Pass)
+
+
+def test_a_hold_for_want_of_a_witness_slows_nothing() -> None:
+    """It was about events: when it is over, delivery goes on at once."""
+    pace = warm(linger=0.5)
+    pace.begin("rejected", "bad", 0.0, lowest)
+    pace.record(admitted(pace, 60.0), Accepted(), 60.0, lowest)
+    assert isinstance(pace.admit(60.0), Pass)
 
 
 def test_an_echo_is_heard_where_it_asks_for_time() -> None:
@@ -121,19 +185,21 @@ def test_an_echo_is_heard_where_it_asks_for_time() -> None:
 def test_after_a_wait_one_probe_and_then_all() -> None:
     """While it is not known whether PostHog is back, one request asks and the others wait for it."""
     pace = warm()
-    pace.record(admitted(pace, 0.0), BUSY, 0.0, lowest)
+    for _ in range(2):
+        pace.record(admitted(pace, 0.0), BUSY, 0.0, lowest)
     probe = admitted(pace, 1.0)
     assert (probe.probe, pace.concurrency, pace.admit(1.0)) == (True, 1, inf)
     pace.record(probe, Accepted(), 1.1, lowest)
-    assert len(admitted_all(pace, 1.1)) == pace.concurrency == 4
+    assert len(admitted_all(pace, 1.1)) == pace.concurrency == 2
 
 
 def test_stragglers_do_not_hold_up_the_probe() -> None:
     """Requests that still hang from before the failure take no part in it."""
     pace = warm()
     leaves = admitted_all(pace, 0.0)
-    pace.record(leaves[0], BUSY, 0.0, lowest)
+    pace.record(leaves[0], Retry(0.5, "HTTP 503"), 0.0, lowest)
     probe = admitted(pace, 1.0)
+    assert probe.probe
     pace.record(probe, Accepted(), 1.1, lowest)
     pace.record(leaves[1], BUSY, 30.0, lowest)
     assert (pace.failures, pace.in_flight) == (0, 6)
@@ -142,7 +208,8 @@ def test_stragglers_do_not_hold_up_the_probe() -> None:
 def test_a_probe_given_up_makes_way_for_the_next() -> None:
     """A worker that was cancelled, or whose batch could not be built, blocks nobody."""
     pace = Pace(Settings())
-    pace.record(admitted(pace, 0.0), BUSY, 0.0, lowest)
+    for _ in range(2):
+        pace.record(admitted(pace, 0.0), BUSY, 0.0, lowest)
     pace.record(admitted(pace, 1.0), None, 1.0, lowest)
     assert admitted(pace, 1.0).probe
     assert pace.in_flight == 1

@@ -11,8 +11,9 @@ from msgspec.structs import replace
 
 from agent import pack
 from agent.buffer import DeadEvent
-from agent.deliver.shipment import UNWITNESSED, Shipment, opened
-from agent.deliver.wire import Accepted, Batch, Damaged, Refused, Rejected, Retry, Split, Verdict
+from agent.deliver.cargo import opened
+from agent.deliver.shipment import UNWITNESSED, Shipment
+from agent.deliver.verdict import Accepted, Batch, Damaged, Refused, Rejected, Retry, Split, Verdict
 from agent.events import Burial, Chunk
 
 AT = 1_700_000_000_000_000

@@ -106,7 +106,8 @@ async def test_health_is_answered(path: str) -> None:
         ("OPTIONS", "/batch", 200),
         ("PUT", "/batch", 405),
         ("DELETE", "/e/", 405),
-        ("POST", "/i/v1/analytics/events", 404),
+        ("GET", "/i/v1/analytics/events", 405),
+        ("POST", "/i/v1/ai/events", 404),
     ],
 )
 async def test_other_methods_and_paths(method: str, path: str, status: int) -> None:

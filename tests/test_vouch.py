@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.events import Cut, Instant, Read
+from agent.events import GIVEN, LONG, Cut, Instant, Read
 from agent.pack import inflate
 from agent.sink.judge import judge
 from agent.sink.payload import Request
@@ -193,7 +193,7 @@ def test_options_are_told_to_both_protocols() -> None:
 
 def test_what_posthog_ignores_is_not_passed_on() -> None:
     """Unknown root fields end here."""
-    assert one({"other": {"a": 1}, "api_key": "phc_other"}).keys() == {
+    assert one({"other": {"a": 1}, "api_key": "phc_other", "options": 5}).keys() == {
         "event",
         "distinct_id",
         "properties",
@@ -394,6 +394,40 @@ def test_no_bytes_make_it_fail(blob: bytes) -> None:
     decoded = DOOR.vouch([Read(blob + b"\n", AT)], 1)
     lines = sum(1 for line in blob.split(b"\n") if line.strip())
     assert decoded.tally.received == lines
+
+
+def with_uuid(number: int, **more: Any) -> bytes:
+    ident = f"00000000-0000-4000-8000-{number:012x}"
+    return msgspec.json.encode({"event": "e", "distinct_id": "d", "uuid": ident, **more})
+
+
+def test_a_chunk_has_no_uuid_twice() -> None:
+    """What clients send twice, in whatever form, goes into chunks of its own; nothing is dropped."""
+    plain = b'{"event":"e","distinct_id":"d","properties":{"a":1}}'
+    decoded = vouch(plain, with_uuid(10), plain, with_uuid(11), with_uuid(10), with_uuid(12))
+    assert [(chunk.events, chunk.marks) for chunk in decoded.chunks] == [(4, GIVEN), (2, GIVEN)]
+    shouted = with_uuid(10).replace(b"00000000a", b"00000000A")
+    assert [chunk.events for chunk in vouch(with_uuid(10), shouted, with_uuid(11)).chunks] == [1, 2]
+    assert [chunk.marks for chunk in vouch(plain, plain).chunks] == [0]
+    assert [chunk.events for chunk in vouch(*[with_uuid(1)] * 4).chunks] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "marks"),
+    [
+        ({}, 0),
+        ({"properties": {"text": "é" * 500}}, 0),
+        ({"distinct_id": "é" * 100}, 0),
+        ({"distinct_id": "é" * 101}, LONG),
+        ({"event": "é" * 100 + "x"}, LONG),
+        ({"event": "x" * 200}, 0),
+        ({"distinct_id": "\U0001f600" * 60}, LONG),
+    ],
+)
+def test_what_the_newer_protocol_would_drop_is_marked(fields: dict[str, Any], marks: int) -> None:
+    """Names and ids are cut at 200 characters, which can be more than 200 bytes."""
+    line = msgspec.json.encode({"event": "e", "distinct_id": "d", "properties": {"a": 1}, **fields})
+    assert [chunk.marks for chunk in vouch(line).chunks] == [marks]
 
 
 def test_chunks_keep_their_limits() -> None:

@@ -1,23 +1,28 @@
 """The delivery loop against the strict stand-in for PostHog, over real sockets; waits are jumped over."""
 
+import gzip
+import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from random import Random
 from typing import Any, NamedTuple
 
 import pytest
 import trio
+import trio.lowlevel
 from sources import line
 from trio.testing import MockClock
 
 from agent import config
-from agent.buffer import Buffer, Entry
-from agent.buffer.memory import open_memory
+from agent.buffer import Entry
+from agent.buffer.memory import MemoryBuffer, open_memory
 from agent.clock import Clock
 from agent.deliver.client import Client
 from agent.deliver.worker import Delivery
 from agent.events import Read
 from agent.metrics import Metrics
-from agent.sink import Afterwards, Fault, Reply, Request, Sink, serving
+from agent.sink import Afterwards, Event, Fault, Reply, Request, Result, Sink, serving
 from agent.vouch import Door, Rules
 
 MEMORY = config.Buffer(path="/memory", kind="memory")
@@ -33,7 +38,7 @@ def mock_clock() -> MockClock:
 class Outgoing(NamedTuple):
     """A delivery that runs, what it empties, and where it goes."""
 
-    buffer: Buffer
+    buffer: MemoryBuffer
     delivery: Delivery
     sink: Sink
     clock: MockClock
@@ -266,6 +271,279 @@ async def test_an_outage_in_the_middle_repeats_nothing(mock_clock: MockClock) ->
         out.delivery.drain()
         await out.until(lambda: out.total("delivered") == 50)
         assert out.buffer.stats().events == 50
+
+
+# --- the v1 protocol -------------------------------------------------------------------------------
+
+
+def by_v1(sink: Sink) -> set[bool]:
+    """By which protocol events came."""
+    return {"posthog-request-id" in event.headers for event in sink.events}
+
+
+@pytest.mark.parametrize("compression", ["gzip", "none"])
+async def test_v1_delivers_event_by_event(mock_clock: MockClock, compression: str) -> None:
+    """Everything arrives once, in its own time, with its own library."""
+    async with delivering(Sink(), mock_clock, protocol="v1", compression=compression) as out:
+        await out.put([line(n, properties={"n": n, "$lib": "mine"}) for n in range(2500)])
+        await out.emptied()
+        assert numbers(out.sink) == list(range(2500))
+        assert by_v1(out.sink) == {True}
+        assert {event.api_key for event in out.sink.events} == {"phc_test"}
+        assert {event.properties["$lib"] for event in out.sink.events} == {"mine"}
+        for event in out.sink.events:
+            assert event.given is not None
+            given = datetime.fromisoformat(event.given)
+            assert abs(event.timestamp - given) < timedelta(seconds=5)
+        assert out.total("delivered") == 2500
+
+
+async def test_v1_buries_what_is_dropped_and_needs_no_witness(mock_clock: MockClock) -> None:
+    """Exactly those, with PostHog's word, in one request; also where nothing was taken."""
+    sink = Sink(single=lambda event: Result("drop", "event_too_big") if event.properties["n"] % 2 else None)
+    async with delivering(sink, mock_clock, protocol="v1") as out:
+        await out.put([line(number) for number in range(100)])
+        await out.emptied()
+        assert numbers(sink) == list(range(0, 100, 2))
+        assert (out.total("delivered"), out.total("dead", "dropped"), sink.requests) == (50, 50, 1)
+        await out.put([line(101)])
+        await out.emptied()
+        assert out.total("dead", "dropped") == 51
+        letters = await out.buffer.letters(0, 100)
+        assert {(letter.reason, letter.detail) for letter in letters} == {("dropped", "event_too_big")}
+
+
+async def test_v1_sends_again_only_what_was_not_stored(mock_clock: MockClock) -> None:
+    """The same request by its id and time, the next attempt, and a fresh timestamp."""
+    seen: list[tuple[dict[str, str], dict[str, Any]]] = []
+
+    def note(request: Request) -> None:
+        body = request.body if "content-encoding" not in request.headers else gzip.decompress(request.body)
+        seen.append((dict(request.headers), json.loads(body)))
+
+    stubborn = {3: 2, 7: 1}
+
+    def single(event: Event) -> Result | None:
+        number = event.properties["n"]
+        if stubborn.get(number, 0):
+            stubborn[number] -= 1
+            return Result("retry", "not_persisted")
+        return Result("warning", "person_processing_disabled") if number == 5 else None
+
+    async with delivering(Sink(script=note, single=single), mock_clock, protocol="v1") as out:
+        await out.put([line(number) for number in range(10)])
+        await out.emptied()
+        assert numbers(out.sink) == list(range(10))
+        assert out.total("delivered") == 10
+        assert out.total("warned") == 1
+        assert out.total("replayed") == 0
+    assert [[event["properties"]["n"] for event in body["batch"]] for _, body in seen] == [
+        list(range(10)),
+        [3, 7],
+        [3],
+    ]
+    assert [headers["posthog-attempt"] for headers, _ in seen] == ["1", "2", "3"]
+    assert len({headers["posthog-request-id"] for headers, _ in seen}) == 1
+    assert len({body["created_at"] for _, body in seen}) == 1
+    assert len({headers["posthog-request-timestamp"] for headers, _ in seen}) == 3
+
+
+async def test_an_event_that_is_never_stored_stops_no_other(mock_clock: MockClock) -> None:
+    """It goes to the back of the queue after a few tries, and is kept."""
+    stubborn = True
+    sink = Sink(single=lambda event: Result("retry") if stubborn and event.properties["n"] == 3 else None)
+    async with delivering(sink, mock_clock, protocol="v1") as out:
+        await out.put([line(number) for number in range(10)])
+        await out.until(lambda: out.total("delivered") == 9)
+        for number in range(10, 15):
+            await out.put([line(number)])
+            await out.until(lambda number=number: out.total("delivered") == number)  # type: ignore[misc]
+        assert out.buffer.stats().events == 1
+        stubborn = False
+        await out.emptied()
+        assert numbers(sink) == list(range(15))
+
+
+async def test_v1_keeps_its_request_over_an_outage(mock_clock: MockClock) -> None:
+    """A 503 is another attempt of the same request."""
+    seen: list[tuple[str, str]] = []
+
+    def busy(request: Request) -> Reply | None:
+        seen.append((request.headers["posthog-request-id"], request.headers["posthog-attempt"]))
+        return Reply(503) if len(seen) < 3 else None
+
+    async with delivering(Sink(script=busy), mock_clock, protocol="v1", backoff_base=0.1) as out:
+        await out.put([line(number) for number in range(10)])
+        await out.emptied()
+        assert [attempt for _, attempt in seen] == ["1", "2", "3"]
+        assert len({ident for ident, _ in seen}) == 1
+
+
+async def test_clients_uuids_never_meet_in_a_batch(mock_clock: MockClock) -> None:
+    """What a client sends twice is delivered twice, and no request is refused for it."""
+    sink = Sink()
+    twice = [line(n, uuid=f"00000000-0000-4000-8000-{n:012d}") for n in range(20)]
+    async with delivering(sink, mock_clock, protocol="v1") as out:
+        await out.put(twice + twice[:5])
+        await out.put([line(100)])
+        await out.put(twice)
+        await out.emptied()
+        assert sink.statuses == {200: sink.requests}
+        assert sink.taken == 46
+        assert len({event.uuid for event in sink.events}) == 21
+        assert out.total("delivered") == 46
+
+
+LONG_ID = "é" * 150
+
+
+@pytest.mark.parametrize("protocol", ["v1", "auto"])
+async def test_what_v1_would_drop_for_its_length(mock_clock: MockClock, protocol: str) -> None:
+    """`auto` sends it by `/batch`; where only v1 is allowed it is dead, and says why."""
+    sink = Sink()
+    async with delivering(sink, mock_clock, protocol=protocol) as out:
+        await out.put([line(0), line(1, distinct_id=LONG_ID), line(2)])
+        await out.put([line(3)])
+        await out.emptied()
+        if protocol == "auto":
+            assert numbers(sink) == [0, 1, 2, 3]
+            assert by_v1(sink) == {True, False}
+        else:
+            assert numbers(sink) == [0, 2, 3]
+            (letter,) = await out.buffer.letters(0, 10)
+            assert (letter.reason, letter.detail) == (
+                "too_long",
+                "its distinct_id has 300 bytes, and v1 takes 200",
+            )
+            assert out.total("dead", "too_long") == 1
+        assert sink.statuses == {200: sink.requests}
+
+
+async def test_auto_uses_v1_where_it_is_served(mock_clock: MockClock) -> None:
+    """And says so."""
+    async with delivering(Sink(), mock_clock, protocol="auto") as out:
+        await out.put([line(number) for number in range(50)])
+        await out.emptied()
+        assert by_v1(out.sink) == {True}
+        assert out.delivery.courier.protocol == "v1"
+
+
+async def test_auto_falls_back_and_asks_again_later(mock_clock: MockClock) -> None:
+    """Where v1 is a 404 the same batch goes by `/batch` at once; v1 is asked for again in an hour."""
+    paths: list[str] = []
+    served = False
+
+    def older(request: Request) -> Reply | None:
+        paths.append(request.path)
+        return Reply(404, b"not found") if "/v1/" in request.path and not served else None
+
+    async with delivering(Sink(script=older), mock_clock, protocol="auto") as out:
+        for number in range(3):
+            await out.put([line(number)])
+            await out.emptied()
+        assert paths == ["/i/v1/analytics/events", "/batch/", "/batch/", "/batch/"]
+        assert out.delivery.pace.hold is None
+        assert out.delivery.courier.protocol == "batch"
+        served = True
+        for _ in range(8000):
+            await trio.lowlevel.checkpoint()
+            mock_clock.jump(0.5)
+        assert len(paths) == 4
+        await out.put([line(3)])
+        await out.emptied()
+        assert paths[4:] == ["/i/v1/analytics/events"]
+
+
+async def test_v1_alone_is_held_where_it_is_not_served(mock_clock: MockClock) -> None:
+    """The operator asked for it: the project waits, and its hold says what would help."""
+    async with delivering(Sink(v1=False), mock_clock, protocol="v1") as out:
+        await out.put([line(0)])
+        await out.until(lambda: out.delivery.pace.hold is not None)
+        assert out.delivery.pace.hold is not None
+        assert out.delivery.pace.hold.reason == "host"
+        assert "auto" in out.delivery.pace.hold.why
+        assert out.buffer.stats().events == 1
+
+
+async def test_a_host_that_serves_neither_is_held(mock_clock: MockClock) -> None:
+    """`auto` does not take a wrong host for an older one."""
+    async with delivering(Sink(status=404), mock_clock, protocol="auto") as out:
+        await out.put([line(0)])
+        await out.until(lambda: out.delivery.pace.hold is not None)
+        assert out.delivery.pace.hold is not None
+        assert out.delivery.pace.hold.reason == "host"
+
+
+# --- the way ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol", ["batch", "v1"])
+async def test_a_way_that_lets_only_small_bodies_through(mock_clock: MockClock, protocol: str) -> None:
+    """Connections that end over large bodies alone are taken for a 413; the size is learnt."""
+    sink = Sink(cut_over=120_000)
+    async with delivering(
+        sink, mock_clock, protocol=protocol, compression="none", backoff_base=0.05, linger=0.01
+    ) as out:
+        await out.put([line(n, properties={"n": n, "x": "y" * 300}) for n in range(1000)])
+        await out.emptied()
+        assert numbers(sink) == list(range(1000))
+        cut = sink.statuses[0]
+        assert cut >= 3
+        await out.put([line(n, properties={"n": n, "x": "y" * 300}) for n in range(1000)], each=100)
+        await out.emptied()
+        assert sink.taken == 2000
+        assert sink.statuses[0] <= cut + 3
+        assert out.buffer.stats().dead_letters == 0
+
+
+async def test_an_outage_of_resets_teaches_no_size(mock_clock: MockClock) -> None:
+    """Where small bodies meet the same end it is an outage: afterwards the batches are as large as before."""
+    down = True
+    sink = Sink(script=lambda _request: Fault.HANG_UP if down else None)
+    async with delivering(sink, mock_clock, compression="none", backoff_base=0.05, linger=0.01) as out:
+        await out.put([line(n, properties={"n": n, "x": "y" * 300}) for n in range(1000)])
+        await out.until(lambda: sink.requests > 30)
+        down = False
+        await out.emptied()
+        for _ in range(6):  # what was suspected is soon tried again
+            requests = sink.requests
+            await out.put([line(n, properties={"n": n, "x": "y" * 300}) for n in range(1000)])
+            await out.emptied()
+        assert sink.requests == requests + 1
+        assert sink.taken == 7000
+
+
+async def test_one_failure_among_many_delays_only_its_batch(mock_clock: MockClock) -> None:
+    """A server that fails a third of all requests is asked on; what it refuses is sent again, once each."""
+    sink = Sink(fail_rate=0.3, random=Random(5), keep=50_000)
+    async with delivering(sink, mock_clock, max_batch_events=100) as out:
+        await out.put([line(number) for number in range(20_000)], each=100)
+        waited = 0
+        while out.buffer.stats().events:
+            waited += out.delivery.pace.waiting
+            await trio.sleep(0.002)
+            mock_clock.jump(0.02)
+        assert sink.taken == 20_000
+        assert sink.requests == 200 + sink.statuses[503]
+
+
+async def test_a_clock_that_is_set_while_events_wait(mock_clock: MockClock) -> None:
+    """A board that boots in 1970: stamped before the network set it, delivered after, found at its time."""
+    host = Clock().now()
+    wrong = host._replace(wall=60_000_000)
+    for protocol in ("batch", "v1"):
+        sink = Sink()
+        async with delivering(sink, mock_clock, protocol=protocol) as out:
+            decoded = DOOR.vouch([Read(line(1), wrong)], 1)
+            await out.buffer.put(decoded.chunks, decoded.tally)
+            await out.emptied()
+            (event,) = sink.events
+            assert event.given is not None
+            assert event.given.startswith("1970-01-01T00:01:00")
+            true = datetime.fromtimestamp(host.wall / 1e6, UTC)
+            assert abs(event.timestamp - true) < timedelta(seconds=30)
+            assert out.delivery.courier.ahead is not None
+            assert abs(out.delivery.courier.ahead) < 60_000_000
 
 
 async def test_draining_ends_when_all_is_delivered(mock_clock: MockClock) -> None:

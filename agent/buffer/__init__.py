@@ -21,6 +21,9 @@ SHED: tuple[Shed, ...] = Shed.__args__  # type: ignore[attr-defined]  # typing k
 # Never accepted: these stand beside the rejected in the books, all others beside the delivered.
 SHED_AT_THE_DOOR: tuple[Shed, ...] = ("full_newest", "shutdown")
 
+# A board that is switched off each night, and waits three years for its network.
+CLOCKS_KEPT = 1000
+
 # How long leaving a lease's block may shield itself from cancellation to release or settle it.
 PARTING_SECONDS = 1.0
 
@@ -153,10 +156,12 @@ class Buffer(Protocol):
         dead: Sequence[DeadEvent] = (),
         rest: Sequence[Chunk] = (),
         damaged: int = 0,
+        warned: int = 0,
     ) -> None:
         """Forget the lease, bury `dead` and keep `rest`, in one transaction.
 
-        `damaged` events of it could not be read any more and are shed; all others were delivered.
+        `damaged` events of it could not be read any more and are shed; all others were delivered, `warned` of
+        them with a remark.
         """
 
     async def release(self, lease: Lease) -> None:
@@ -164,6 +169,15 @@ class Buffer(Protocol):
 
     async def ready(self, project: str, events: int, linger: float) -> None:
         """Return when `events` of a project wait to be leased, or some have waited `linger` seconds."""
+
+    async def note_clock(self, boot: str, ahead: int) -> None:
+        """Remember how far the wall clock of this boot is ahead of its monotonic one (µs), for later boots.
+
+        Raises `BufferBroken` where it cannot be written.
+        """
+
+    def clocks(self) -> Mapping[str, int]:
+        """What was noted last of each boot, the newest `CLOCKS_KEPT`."""
 
     def stats(self) -> Stats:
         """What it holds now."""
@@ -200,6 +214,10 @@ class DeadLetters(Protocol):
 
     async def purge(self, ids: Sequence[int]) -> int:
         """Forget these for good; how many of them there were."""
+
+
+class Kept(Buffer, DeadLetters, Protocol):
+    """A buffer whose dead letters can be looked at."""
 
 
 def revived(letter: DeadEvent) -> Chunk:
@@ -252,13 +270,16 @@ def entries_put(tally: Tally, taken: int, refused: int) -> Books:
     return +books
 
 
-def entries_settle(lease: Lease, dead: Sequence[DeadEvent], rest: Sequence[Chunk], damaged: int) -> Books:
+def entries_settle(
+    lease: Lease, dead: Sequence[DeadEvent], rest: Sequence[Chunk], damaged: int, warned: int
+) -> Books:
     """What a settlement enters: what is neither dead, kept nor damaged was delivered."""
     leased_events = sum(chunk.events for chunk in lease.chunks)
     kept = sum(chunk.events for chunk in rest)
     books = Books(
         {
             Entry("delivered", lease.project, ""): leased_events - len(dead) - kept - damaged,
+            Entry("warned", lease.project, ""): warned,
             Entry("shed", lease.project, "damaged"): damaged,
         }
     )

@@ -105,9 +105,10 @@ class Desk:
         dead: Sequence[DeadEvent] = (),
         rest: Sequence[Chunk] = (),
         damaged: int = 0,
+        warned: int = 0,
     ) -> None:
         """See `Buffer.settle`. Cancelled, it is done all the same."""
-        asked = Asked(Settlement(lease, dead, rest, damaged))
+        asked = Asked(Settlement(lease, dead, rest, damaged, warned))
         self._settlements.append(asked)
         await self._done(asked)
 
@@ -116,6 +117,10 @@ class Desk:
         asked = Asked(lease)
         self._releases.append(asked)
         await self._done(asked)
+
+    async def note_clock(self, boot: str, ahead: int) -> None:
+        """See `Buffer.note_clock`."""
+        await self._run(lambda store: store.note_clock(boot, ahead))
 
     async def letters_kept(self) -> LettersKept:
         """See `DeadLetters.letters_kept`."""

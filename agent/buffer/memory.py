@@ -6,7 +6,7 @@ disk must not be written.
 
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from itertools import islice
 
@@ -15,6 +15,7 @@ import trio
 
 from agent import config
 from agent.buffer import (
+    CLOCKS_KEPT,
     Books,
     DeadEvent,
     DeadLetter,
@@ -54,6 +55,7 @@ class MemoryBuffer:
         self._dead: dict[int, DeadLetter] = {}
         self._dead_bytes = 0
         self._last_letter = 0
+        self._clocks: dict[str, int] = {}
         self._books: Books = Counter()
         self._available: Counter[str] = Counter()
         self._waiting = Waiting()
@@ -165,6 +167,7 @@ class MemoryBuffer:
         dead: Sequence[DeadEvent] = (),
         rest: Sequence[Chunk] = (),
         damaged: int = 0,
+        warned: int = 0,
     ) -> None:
         """See `Buffer.settle`."""
         for ident in lease.ids:
@@ -174,7 +177,7 @@ class MemoryBuffer:
             self._insert(chunk)
         for event in dead:
             self._bury(event)
-        self._books.update(entries_settle(lease, dead, rest, damaged))
+        self._books.update(entries_settle(lease, dead, rest, damaged, warned))
         self._show()
         await trio.lowlevel.checkpoint()
 
@@ -244,6 +247,18 @@ class MemoryBuffer:
         self._waiting.show(self._available)
         self._room.set()
         self._room = trio.Event()
+
+    async def note_clock(self, boot: str, ahead: int) -> None:
+        """See `Buffer.note_clock`."""
+        self._clocks.pop(boot, None)
+        self._clocks[boot] = ahead
+        while len(self._clocks) > CLOCKS_KEPT:
+            del self._clocks[next(iter(self._clocks))]
+        await trio.lowlevel.checkpoint()
+
+    def clocks(self) -> Mapping[str, int]:
+        """See `Buffer.clocks`."""
+        return self._clocks
 
     def stats(self) -> Stats:
         """See `Buffer.stats`."""

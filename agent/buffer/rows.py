@@ -24,6 +24,9 @@ SIZES_BEYOND_CURSOR = """SELECT id, events, size FROM chunk
     WHERE project = ? AND key IS ? AND id > ? ORDER BY id LIMIT ?"""
 OLDEST = "SELECT id, project, key, events, bytes, received_at FROM chunk ORDER BY id"
 
+NOTE_CLOCK = "INSERT OR REPLACE INTO clock (boot, ahead) VALUES (?, ?)"
+FORGET_CLOCKS = """DELETE FROM clock WHERE id NOT IN (SELECT id FROM clock ORDER BY id DESC LIMIT ?)"""
+
 # What a row costs beside its packed bytes: columns, its index entry, page headers; measured, rounded up.
 ROW_BYTES = 200
 
@@ -47,12 +50,13 @@ class Deposit(msgspec.Struct, eq=False):
 
 
 class Settlement(msgspec.Struct, eq=False):
-    """A settle: `damaged` counts events that could not be read any more."""
+    """A settle: `damaged` events could not be read any more, `warned` ones were taken with a remark."""
 
     lease: Lease
     dead: Sequence[DeadEvent]
     rest: Sequence[Chunk]
     damaged: int
+    warned: int
 
 
 class Taking(msgspec.Struct, eq=False):

@@ -7,7 +7,7 @@ cancelled leaves its group intact. Nobody else ever touches the connection.
 
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from math import inf
@@ -61,6 +61,10 @@ class SqliteBuffer(Desk):
     def books(self) -> Books:
         """See `Buffer.books`."""
         return self._books.copy()
+
+    def clocks(self) -> Mapping[str, int]:
+        """See `Buffer.clocks`."""
+        return self._store.clocks
 
     def close_door(self) -> None:
         """From now on a put that finds no room is given up, counted as shed by the shutdown."""

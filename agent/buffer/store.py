@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from agent.buffer import (
+    CLOCKS_KEPT,
     Books,
     Entry,
     Lease,
@@ -24,7 +25,9 @@ from agent.buffer.rows import (
     CHUNK_BY_ID,
     COUNT_LANES,
     ENTER,
+    FORGET_CLOCKS,
     INSERT_CHUNK,
+    NOTE_CLOCK,
     OLDEST,
     ROW_BYTES,
     SIZE_BY_ID,
@@ -73,6 +76,7 @@ class Store:
             self.events += events
             self.bytes += size
         self.letters = Letters(self._connection, self.max_size)
+        self.clocks: dict[str, int] = dict(run("SELECT boot, ahead FROM clock ORDER BY id"))
         self._look_around()
 
     def close(self) -> None:
@@ -258,7 +262,10 @@ class Store:
         self._connection.executemany("DELETE FROM chunk WHERE id = ?", [(ident,) for ident in gone])
         for dead in settlement.dead:
             self.letters.bury(dead, change)
-        change.books.update(entries_settle(lease, settlement.dead, settlement.rest, settlement.damaged))
+        entries = entries_settle(
+            lease, settlement.dead, settlement.rest, settlement.damaged, settlement.warned
+        )
+        change.books.update(entries)
         change.events -= sum(chunk.events for chunk in lease.chunks)
         change.bytes -= sum(len(chunk.packed) for chunk in lease.chunks)
         change.lanes.append(lambda: self._lanes.give_back(lane, kept))
@@ -312,6 +319,13 @@ class Store:
             for letter in letters:
                 self.letters.take_out(letter, "purged", change)
         return len(letters)
+
+    def note_clock(self, boot: str, ahead: int) -> None:
+        """Remember a boot's clock, and forget the oldest."""
+        with self._transaction():
+            self._connection.execute(NOTE_CLOCK, (boot, ahead))
+            self._connection.execute(FORGET_CLOCKS, (CLOCKS_KEPT,))
+        self.clocks = dict(self._connection.execute("SELECT boot, ahead FROM clock ORDER BY id"))
 
     def give_back_pages(self, most: int) -> None:
         """Return up to `most` free pages to the filesystem, unless it has no room for the change itself."""

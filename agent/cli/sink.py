@@ -31,6 +31,16 @@ def _seconds(_context: click.Context, _parameter: click.Parameter, text: str) ->
         raise click.BadParameter(str(error)) from None
 
 
+def _size(_context: click.Context, _parameter: click.Parameter, text: str | None) -> int | None:
+    """A size as text, in bytes."""
+    from agent.units import parse_size
+
+    try:
+        return parse_size(text) if text is not None else None
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
 def _address(_context: click.Context, _parameter: click.Parameter, text: str) -> str:
     host, _, port = text.rpartition(":")
     if not host or not (port.isascii() and port.isdecimal()) or int(port) > 65535:
@@ -60,8 +70,21 @@ def _property(
     "--latency", default="0s", callback=_seconds, help="Wait so long before every answer, e.g. 200ms."
 )
 @click.option(
-    "--reject-if", metavar="PROPERTY=VALUE", callback=_property, help="400 if an event has this property."
+    "--reject-if",
+    metavar="PROPERTY=VALUE",
+    callback=_property,
+    help="400 if an event has this property; by v1 that event is dropped.",
 )
+@click.option("--max-body", metavar="SIZE", callback=_size, help="413 for a larger body, e.g. '100 KiB'.")
+@click.option("--cut-over", metavar="SIZE", callback=_size, help="End the connection over a larger body.")
+@click.option(
+    "--retry-rate", type=click.FloatRange(0, 1), default=0.0, help="Share of events that v1 does not store."
+)
+@click.option(
+    "--retry-after", metavar="SECONDS", type=click.FloatRange(0), help="Goes with every 429 and 503."
+)
+@click.option("--portal", is_flag=True, help="Answer as a captive portal: 200, and a page to log in.")
+@click.option("--no-v1", is_flag=True, help="Do not serve the v1 protocol, as older installations do not.")
 @click.option("--quiet", is_flag=True, help="Do not print the events.")
 @click.option(
     "--json", "as_json", is_flag=True, help="Print events as NDJSON; everything else goes to stderr."
@@ -72,6 +95,12 @@ def command(
     fail_rate: float,
     latency: float,
     reject_if: tuple[str, str] | None,
+    max_body: int | None,
+    cut_over: int | None,
+    retry_rate: float,
+    retry_after: float | None,
+    portal: bool,
+    no_v1: bool,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -88,7 +117,18 @@ def command(
 
     with plainly():
         listener = bind_address(listen, socket.SOCK_STREAM)
-        sink = Sink(status=status, fail_rate=fail_rate, latency=latency, reject_if=reject_if)
+        sink = Sink(
+            status=status,
+            fail_rate=fail_rate,
+            latency=latency,
+            reject_if=reject_if,
+            max_body=max_body,
+            cut_over=cut_over,
+            retry_rate=retry_rate,
+            retry_after=retry_after,
+            portal=portal,
+            v1=not no_v1,
+        )
         line = None if quiet else _as_json if as_json else _as_line
         try:
             trio.run(_run, sink, listener, line, as_json)

@@ -13,6 +13,8 @@ from agent.cli.reach import find_socket, no_permission, not_running
 PATIENCE_SECONDS = 5.0
 # Wider than any line of the screen but a refused one.
 PIPE_WIDTH = 200
+# PostHog tells its time to the second, and an answer takes its own.
+CLOCK_ODD_SECONDS = 60.0
 # The newest refusals that one screen has room for.
 REJECTS_SHOWN = 5
 
@@ -62,6 +64,8 @@ def _show(document: Document) -> None:
     for project in document["projects"]:
         for line in _project(project, escape):
             console.print(line)
+    for line in _clock(document):
+        console.print(line)
     console.print(_books(document["books"]))
     for reject in document["rejects"][:REJECTS_SHOWN]:
         what = f"{reject['source']}: {reject['reason']}: {reject['sample']}"
@@ -115,6 +119,24 @@ def _project(project: Document, escape: Any) -> Iterator[str]:
         yield f"  [red]held ({held['reason']}){since}[/]: {escape(held['why'])}{probe}"
     if error := project["last_error"]:
         yield f"  [dim]last error {error['at']}[/] {escape(error['text'])}"
+
+
+def _clock(document: Document) -> Iterator[str]:
+    """What is odd about the host's clock; nothing where all is well."""
+    clock = document["clock"]
+    if last := clock["last_step"]:
+        yield (
+            f"[bold]clock[/] set {clock['steps']} times since the start, last by {last['seconds']:+,.1f} s to"
+            f" {last['at']}; events keep their instants"
+        )
+    for project in document["projects"]:
+        ahead = project["clock_ahead_seconds"]
+        if ahead is not None and abs(ahead) > CLOCK_ODD_SECONDS:
+            how = "ahead of" if ahead > 0 else "behind"
+            yield (
+                f"[yellow]this host's clock is {_age(abs(ahead))} {how} PostHog's[/]; events keep their"
+                " instants, but set it: NTP is off or cannot reach its servers"
+            )
 
 
 def _books(books: Document) -> str:

@@ -20,7 +20,7 @@ import trio
 
 from agent import AgentError
 from agent.config import Secret
-from agent.deliver.wire import Refused, Retry
+from agent.deliver.verdict import Refused, Retry
 
 # PostHog answers in a line; of anything longer (a portal's page) the beginning says what it is.
 BODY_START = 64 * 1024
@@ -31,6 +31,8 @@ KEEP_ALIVE = 30.0
 
 # httpx logs a line for every request, httpcore every header, at levels that a person might turn on.
 CHATTY = ("httpx", "httpcore")
+
+NOT_HTTP = "the answer was not HTTP"
 
 # 47: zlib's 15 bits of window, and let it find out whether it reads gzip or zlib.
 GZIP_OR_ZLIB = 47
@@ -66,17 +68,18 @@ class Reply(NamedTuple):
 
 
 class _Body:
-    """A request's body; `sent` once all of it was handed to the kernel.
+    """A request's body; `begun` once there was a connection to send it over, `sent` once the kernel has it.
 
     httpcore forgives a body that could not be written where an answer came all the same.
     """
 
     def __init__(self, data: bytes) -> None:
-        self._data = data
-        self.sent = False
+        self.data = data
+        self.begun = self.sent = False
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        yield self._data
+        self.begun = True
+        yield self.data
         self.sent = True
 
 
@@ -105,14 +108,18 @@ class Client:
     ) -> None:
         await self._http.__aexit__(kind, error, trace)
 
-    async def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> Reply | Retry | Refused:
+    async def post(
+        self, url: str, body: bytes, headers: Mapping[str, str], *, most: int = BODY_START
+    ) -> Reply | Retry | Refused:
         """Send it once; redirects are not followed. Only cancellation comes out as an exception.
 
         The timeout is for all of it: httpx's own count for each read, which a byte now and then would please.
+        Of the reply's body the first `most` bytes are read.
         """
+        content = _Body(body)
         with trio.move_on_after(self._timeout):
             try:
-                return await self._post(url, body, headers)
+                return await self._post(url, content, headers, most)
             except httpx.ProxyError as error:
                 return _by_proxy(str(error))
             except (httpx.LocalProtocolError, httpx.UnsupportedProtocol, httpx.InvalidURL, ValueError):
@@ -122,13 +129,13 @@ class Client:
                 # httpx reads a redirect's address though it does not go there.
                 if isinstance(error, httpx.RemoteProtocolError) and "location header" in str(error):
                     return Refused("host", "redirected to what is no address")
-                return Retry(None, _reason(error))
-        return Retry(None, f"no answer within {self._timeout:g} s")
+                reason = _reason(error)
+                return Retry(None, reason, cut=content.begun and reason != NOT_HTTP)
+        return Retry(None, f"no answer within {self._timeout:g} s", cut=content.begun)
 
-    async def _post(self, url: str, body: bytes, headers: Mapping[str, str]) -> Reply | Retry:
+    async def _post(self, url: str, content: _Body, headers: Mapping[str, str], most: int) -> Reply | Retry:
         # A request of our own: the client's would be merged with defaults at a fifth of what a request costs.
-        content = _Body(body)
-        size = {"Content-Length": str(len(body))}
+        size = {"Content-Length": str(len(content.data))}
         request = httpx.Request(
             "POST", url, content=content, headers={**headers, **size}, extensions=self._extensions
         )
@@ -139,12 +146,12 @@ class Client:
             with suppress(httpx.HTTPError):
                 async for part in response.aiter_raw():
                     start += part
-                    if len(start) >= BODY_START:
+                    if len(start) >= most:
                         break
         if response.is_success and not content.sent:
             return Retry(None, "answered before the batch was sent, which it then cannot have taken")
         told = {name.lower(): value for name, value in response.headers.items()}
-        return Reply(response.status_code, told, _readable(bytes(start[:BODY_START]), told))
+        return Reply(response.status_code, told, _readable(bytes(start[:most]), told, most))
 
 
 def _http(way_out: WayOut) -> httpx.AsyncClient:
@@ -185,11 +192,11 @@ def _tls(way_out: WayOut) -> ssl.SSLContext:
     return context
 
 
-def _readable(start: bytes, headers: Mapping[str, str]) -> bytes:
+def _readable(start: bytes, headers: Mapping[str, str], most: int) -> bytes:
     """The beginning of a body that was packed although we asked for it plain; as it came, if unreadable."""
     if headers.get("content-encoding", "").strip().lower() in ("gzip", "x-gzip", "deflate"):
         with suppress(zlib.error):
-            return zlib.decompressobj(GZIP_OR_ZLIB).decompress(start, BODY_START)
+            return zlib.decompressobj(GZIP_OR_ZLIB).decompress(start, most)
     return start
 
 
@@ -211,7 +218,7 @@ def _reason(error: Exception) -> str:
         case httpx.RemoteProtocolError() if "disconnected" in str(error):
             what = "connection closed without an answer"
         case httpx.RemoteProtocolError():
-            what = "the answer was not HTTP"
+            what = NOT_HTTP
         case _:
             what = "connection broken"
     cause = _cause(error)

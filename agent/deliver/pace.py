@@ -9,7 +9,7 @@ from collections.abc import Callable
 from math import inf
 from typing import Literal, NamedTuple, Protocol
 
-from agent.deliver.wire import Accepted, Refused, Retry, Verdict
+from agent.deliver.verdict import Accepted, Refused, Retry, Verdict
 
 Held = Literal["key", "billing", "host", "breaker", "rejected", "unconfigured"]
 HELD: tuple[Held, ...] = Held.__args__  # type: ignore[attr-defined]  # typing keeps the values there
@@ -24,6 +24,13 @@ PROBE_SECONDS = (45.0, 75.0)
 # A `rejected` or `breaker` silence lasts at least `cooldown`, and up to a quarter more so that agents which
 # fell silent together come back apart.
 COOLDOWN_SPREAD = 1.25
+
+# After an outage requests go out no more often than in quiet times (one each `linger`) for as long as the
+# outage lasted, at most this long: all who come back in the same half minute (`backoff_max`) then add up to
+# no more than they always did, however much they have to tell. From then on the rate doubles, twelve times
+# within that time.
+RAMP_SECONDS = 60.0
+RAMP_DOUBLINGS = 12
 
 # 2 to this power is beyond any `backoff_max` (a wait of 30 million years), and a float still holds it.
 MOST_DOUBLINGS = 50
@@ -42,6 +49,8 @@ class Manners(Protocol):
     def cooldown(self) -> float: ...
     @property
     def concurrency(self) -> int: ...
+    @property
+    def linger(self) -> float: ...
 
 
 class Pass(NamedTuple):
@@ -49,6 +58,13 @@ class Pass(NamedTuple):
 
     round: int
     probe: bool
+
+
+class Ramp(NamedTuple):
+    """When deliveries went on after an outage, and how long (s) it had lasted, at most `RAMP_SECONDS`."""
+
+    begun: float
+    length: float
 
 
 class Hold(NamedTuple):
@@ -65,10 +81,12 @@ class Pace:
 
     - *Flowing*: as many requests at once as the window allows. It grows by one when it was accepted once
       over (at every acceptance up to half of what was once too much), and only while somebody waits for room.
-    - *Waiting*: after a `Retry`. When the wait is over one request goes out as a probe; what it brings
-      decides for all.
-    - *Held*: like waiting, but a person or PostHog has to change something. Only an acceptance ends it, and
-      then the window begins at 1.
+      A lone `Retry` among acceptances halves it, and only the batch that met it waits.
+    - *Waiting*: after a second `Retry` without an acceptance between, or one that says when to come back.
+      When the wait is over one request goes out as a probe; what it brings decides for all.
+    - *Held*: like waiting, but a person or PostHog has to change something. Only an acceptance ends it.
+
+    After waiting or being held the window begins at 1, and the rate of requests at that of quiet times.
 
     **Rounds.** Eight requests that fail in the same second have met one outage, not eight. Every change of
     state begins a new round, and a verdict on a request of an earlier round is an echo: it can neither count
@@ -84,6 +102,10 @@ class Pace:
         self._window = 1.0
         self._once_too_much = float(manners.concurrency)
         self._ready_at = 0.0
+        self._waiting = False
+        self._troubled_since = 0.0
+        self._ramp: Ramp | None = None
+        self._last = -inf
         self._round = 0
         self._probing = False
         self._wanted = False
@@ -99,8 +121,27 @@ class Pace:
         return self._ready_at
 
     @property
+    def waiting(self) -> bool:
+        """Whether nothing is sent but probes, though nobody has to change anything."""
+        return self._waiting and self.hold is None
+
+    @property
     def _doubtful(self) -> bool:
-        return self.hold is not None or self.failures > 0
+        return self.hold is not None or self._waiting
+
+    def _pause(self, now: float) -> float:
+        """Seconds until the next request may begin after the last one, while the rate recovers."""
+        if self._ramp is None:
+            return 0.0
+        beyond = now - self._ramp.begun - self._ramp.length
+        spacing = self._manners.linger
+        if beyond > 0:
+            doublings = beyond * RAMP_DOUBLINGS / self._ramp.length if self._ramp.length else inf
+            if doublings >= RAMP_DOUBLINGS:
+                self._ramp = None
+                return 0.0
+            spacing *= 0.5**doublings
+        return max(0.0, self._last + spacing - now)
 
     def wait(self, now: float) -> float:
         """Seconds after which to ask again for a request's leave; 0 where it would be given now.
@@ -113,32 +154,43 @@ class Pace:
         if self._doubtful:
             return inf if self._probing else 0.0
         self._wanted = self._wanted or self.in_flight >= int(self._window)
-        return inf if self.in_flight >= int(self._window) else 0.0
+        return inf if self.in_flight >= int(self._window) else self._pause(now)
 
     def admit(self, now: float) -> Pass | float:
         """Leave for one request, or the seconds of `wait`."""
         if (wait := self.wait(now)) > 0:
             return wait
         self.in_flight += 1
+        self._last = now
         self._probing = self._doubtful
         return Pass(self._round, self._doubtful)
 
-    def record(self, leave: Pass, verdict: Verdict | None, now: float, uniform: Uniform) -> None:
-        """The verdict on an admitted request; None: it was given up without one."""
+    def record(self, leave: Pass, verdict: Verdict | None, now: float, uniform: Uniform) -> float:
+        """The verdict on an admitted request; None: it was given up without one.
+
+        Gives the seconds that the asker should let pass before it asks about the same batch again.
+        """
         self.in_flight -= 1
         echo = leave.round != self._round
         if leave.probe and not echo:
             self._probing = False
         match verdict:
             case Accepted() if not echo:
-                self._flow()
+                self._flow(now)
+            case Accepted() if not self._doubtful:
+                self.failures = 0  # PostHog takes something, whatever else was refused meanwhile
             case Retry(after=after, reason=reason) if not echo:
-                self._fail(after or 0.0, reason, now, uniform)
-            case Retry(after=after) if after:
-                self._ready_at = max(self._ready_at, now + after)
-                self.hold = self.hold and self.hold._replace(probe_at=self._ready_at)
+                return self._fail(after or 0.0, reason, now, uniform)
+            case Retry(after=after):
+                if after:
+                    self._be_troubled(now)
+                    self._waiting = True
+                    self._ready_at = max(self._ready_at, now + after)
+                    self.hold = self.hold and self.hold._replace(probe_at=self._ready_at)
+                return self._backoff(uniform)
             case Refused(hold=reason, why=why) if not echo or self.hold is None:
                 self.begin(reason, why, now, uniform)
+        return 0.0
 
     def begin(self, reason: Held, why: str, now: float, uniform: Uniform) -> None:
         """Hold the project, or go on holding it; a reason that stays keeps its `since`.
@@ -161,40 +213,56 @@ class Pace:
         if self.hold is None:
             self._once_too_much = max(1.0, self._window / 2)
             self._window = 1.0
+            self._be_troubled(now)
         since = self.hold.since if self.hold is not None and self.hold.reason == reason else now
         self._ready_at = max(self._ready_at, probe_at)
         self.hold = Hold(reason, why, since, self._ready_at)
         self._turn()
 
-    def _flow(self) -> None:
+    def _be_troubled(self, now: float) -> None:
+        """Remember when it began, also where one trouble followed another."""
+        if not self._doubtful:
+            self._troubled_since = now
+
+    def _flow(self, now: float) -> None:
         """An acceptance: what was in doubt is over, and the window grows if somebody waits for room."""
         if self._doubtful:
-            self.hold, self.failures = None, 0
+            if self.hold is None or self.hold.reason != "rejected":  # that was about events
+                self._ramp = Ramp(now, min(now - self._troubled_since, RAMP_SECONDS))
+            self.hold, self._waiting = None, False
             self._turn()
+        self.failures = 0
         if self._wanted:
             before = int(self._window)
             step = 1.0 if self._window < self._once_too_much else 1.0 / self._window
             self._window = min(self._window + step, float(self._manners.concurrency))
             self._wanted = int(self._window) == before
 
-    def _fail(self, after: float, reason: str, now: float, uniform: Uniform) -> None:
+    def _backoff(self, uniform: Uniform) -> float:
+        manners = self._manners
+        longest = min(manners.backoff_max, manners.backoff_base * 2.0 ** min(self.failures, MOST_DOUBLINGS))
+        return uniform(min(manners.backoff_base / 4, longest), longest)
+
+    def _fail(self, after: float, reason: str, now: float, uniform: Uniform) -> float:
         """One step further back; during a hold the hold stays, since nothing was learnt about its reason.
 
         The drawn wait comes on top of `Retry-After`, or all who were told the same second would keep it.
         """
         self.failures += 1
-        manners = self._manners
-        longest = min(manners.backoff_max, manners.backoff_base * 2.0 ** min(self.failures, MOST_DOUBLINGS))
-        wait = after + uniform(min(manners.backoff_base / 4, longest), longest)
+        wait = after + self._backoff(uniform)
         if self.hold is not None:
             wait = max(wait, self._silence(self.hold.reason, uniform))
             self._hold(self.hold.reason, self.hold.why, now, now + wait)
-        elif 0 < manners.max_attempts <= self.failures:
+        elif 0 < self._manners.max_attempts <= self.failures:
             self._hold("breaker", reason, now, now + max(wait, self._silence("breaker", uniform)))
         else:
-            self._ready_at = now + wait
+            if after or self.failures > 1:
+                self._be_troubled(now)
+                self._waiting = True
+                self._ready_at = now + wait
             self._window = self._once_too_much = max(1.0, self._window / 2)
             self._turn()
+        return wait
 
     def _turn(self) -> None:
         """Begin a new round: whoever is still out belongs to an earlier one."""

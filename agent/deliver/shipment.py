@@ -1,57 +1,65 @@
 """Settles a lease batch by batch: which batch next, which events are dead, what is left.
 
 It promises that every event ends as accepted, dead, damaged or left over, and never as two of these; that
-events are condemned only beside a witness; and that k poison events among a batch's n are found in at most
-1 + 2·k·⌈log2 n⌉ requests. When to ask, and how, is left to `pace` and `wire`.
+events are condemned only beside a witness, or by name; and that k poison events among a batch's n are found
+in at most 1 + 2·k·⌈log2 n⌉ requests. When to ask, and how, is left to `pace`, `wire` and `v1`.
 """
 
-from bisect import bisect_right
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
-from itertools import accumulate, pairwise
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import msgspec
 
-from agent import pack
 from agent.buffer import DeadEvent
-from agent.deliver.wire import (
+from agent.deliver.cargo import ACCEPTED, DEAD, SUSPECT, Cargo, Protocol, Span
+from agent.deliver.verdict import (
     Accepted,
     Batch,
     Damaged,
+    Judged,
     Refusal,
     Refused,
     Rejected,
     Retry,
     Split,
     Verdict,
-    agree,
 )
-from agent.events import Chunk
+from agent.events import LONG, Chunk
 
 # Without a witness, stop here. The way from 1,000 events down to one is 10 halvings of two requests each, so
 # 16 requests have asked about batches of 1 % of the shipment, and not one of them was taken.
 UNWITNESSED = 16
 
-# What is known of an event.
-UNANSWERED, ACCEPTED, SUSPECT, DEAD, LOST = range(5)
-LEFT = (UNANSWERED, SUSPECT)
+# So often is sent again what v1 says was not stored (posthog-python tries 3 times, `posthog/capture_v1.py`);
+# what is then left goes to the back of the queue, where it holds up nobody.
+RESENDS = 3
 
-_as_list = msgspec.json.Decoder(list[msgspec.Raw]).decode
+# A connection that ends without an answer this often over the same batch may do so because of its size ...
+CUTS = 3
+# ... unless it is no larger than this, which every way lets through.
+CUT_SIZE = 64 * 1024
 
-
-class Span(NamedTuple):
-    """The events from `low` to before `high`, counted through the whole shipment."""
-
-    low: int
-    high: int
+# v1 drops an event whose name or id is longer, in bytes (`rust/capture/src/v1/analytics/constants.rs`).
+LONGEST = 200
 
 
 class Suspect(NamedTuple):
     """How a lone event was refused."""
 
-    reason: Literal["rejected", "too_large"]
+    reason: Literal["rejected", "too_large", "dropped", "too_long"]
     detail: str
+
+
+class _Event(msgspec.Struct):
+    """What of a vouched event is looked at here."""
+
+    event: str
+    distinct_id: str
+    uuid: str
+
+
+_read_event = msgspec.json.Decoder(_Event).decode
 
 
 class Shipment:
@@ -73,33 +81,52 @@ class Shipment:
     **Replayed events** were condemned beside a witness once, so they need no second one, and their refusals
     say nothing of the others: they are asked about apart.
 
+    **By name** v1 judges each event: what it drops is dead, what it could not store is asked about again.
+
+    **Connections that end** without an answer, over the same large batch `cuts` times, are taken for a way
+    that lets only smaller ones through: the batch is halved, but no lone event is suspected for it.
+
     **Damaged chunks** are those that cannot be opened. They are taken out, the rest of their batch goes on.
     """
 
-    def __init__(self, chunks: Sequence[Chunk], max_events: int, max_size: int) -> None:
+    def __init__(
+        self,
+        chunks: Sequence[Chunk],
+        max_events: int,
+        max_size: int,
+        protocol: Protocol = "batch",
+        cuts: int = CUTS,
+    ) -> None:
         self.accepted = 0
-        self.damaged: list[Chunk] = []
+        self.largest_accepted = 0
+        self.warned = 0
         self.hold: Refusal | Literal["rejected"] | None = None
         self.why = ""
-        self._chunks = tuple(chunks)
-        self._seams = tuple(accumulate((chunk.events for chunk in chunks), initial=0))
+        self._cargo = Cargo(chunks)
         self._max_events, self._max_size = max_events, max_size
-        self._known = bytearray(self._seams[-1])
-        self._opened: dict[int, list[bytes]] = {}
         self._suspects: dict[int, Suspect] = {}
         self._asked: tuple[Span, Batch] | None = None
         self._answers: Counter[Span] = Counter()
-        self._ahead = deque(self._plan())
+        self._ahead = deque(self._cargo.plan(max_events, max_size, protocol))
         self._refused: list[Span] = []
         self._oversized: dict[Span, int] = {}
+        self._patience = cuts
+        self._cut_sizes: list[int] = []
+        self._number = self._cuts = self._resends = 0
         self._rejections = 0
         self._over = False
+        if protocol == "v1":
+            self._bury_what_is_too_long()
 
     def next_batch(self) -> Batch | None:
-        """What to send now; the same batch until a verdict other than `Retry` came. None: it is over."""
+        """What to send now; the same until an answer other than `Retry` came, and then what it left of it.
+
+        None: it is over.
+        """
         if self._over:
             return None
         if self._asked is None:
+            self._cuts = self._resends = 0
             self._asked = self._next()
         if self._asked is None:
             self._judge()
@@ -114,23 +141,27 @@ class Shipment:
         if not isinstance(verdict, Damaged):
             self._answers[span] += 1
         if isinstance(verdict, Retry):
+            self._try_smaller(span, batch, verdict)
             return
         self._asked = None
         match verdict:
             case Accepted():
                 self.accepted += batch.events
-                self._mark(span, ACCEPTED)
+                self.largest_accepted = max(self.largest_accepted, batch.size)
+                self._cargo.accept(span)
+            case Judged():
+                self._hear(span, batch, verdict)
             case Refused(hold=hold, why=why):
                 self.hold, self.why, self._over = hold, why, True
             case Damaged(chunk=chunk):
-                index = next(index for index, known in enumerate(self._chunks) if known is chunk)
-                self._lose(index)
-                self._ahead.extendleft(reversed(self._around(index, span)))
+                index = next(index for index, known in enumerate(self._cargo.chunks) if known is chunk)
+                self._cargo.lose(index)
+                self._ahead.extendleft(reversed(self._cargo.around(index, span)))
             case Split(reason=reason):
                 self._oversized[span] = batch.size
-                self._reject(span, Suspect("too_large", reason))
+                self._reject(span, batch, Suspect("too_large", reason))
             case Rejected(reason=reason):
-                self._reject(span, Suspect("rejected", reason))
+                self._reject(span, batch, Suspect("rejected", reason))
 
     def stop(self) -> None:
         """End in the middle: what has no answer yet is left over, and nobody is condemned."""
@@ -139,7 +170,17 @@ class Shipment:
     @property
     def progressed(self) -> bool:
         """Whether anything has changed that a settlement must record."""
-        return self.accepted > 0 or bool(self.damaged) or DEAD in self._known
+        return self.accepted > 0 or bool(self.damaged) or self._cargo.any_is(DEAD)
+
+    @property
+    def damaged(self) -> Sequence[Chunk]:
+        """The chunks that could not be opened."""
+        return self._cargo.damaged
+
+    @property
+    def rest(self) -> list[Chunk]:
+        """What is neither accepted, dead nor damaged; see `Cargo.rest`."""
+        return self._cargo.rest
 
     @property
     def split_size(self) -> int | None:
@@ -156,34 +197,23 @@ class Shipment:
         return min(sizes, default=None)
 
     @property
-    def rest(self) -> list[Chunk]:
-        """What is neither accepted, dead nor damaged, in the lease's order; of each chunk at most one.
-
-        Untouched chunks are the lease's own; the others inherit place and times of the chunk they are of.
-        """
-        rest = []
-        for index, (chunk, bounds) in enumerate(zip(self._chunks, pairwise(self._seams), strict=True)):
-            known = self._known[slice(*bounds)]
-            left = sum(known.count(state) for state in LEFT)
-            if left == len(known):
-                rest += [chunk] if left else []
-            elif left:
-                events = zip(self._opened[index], known, strict=True)
-                rest.append(repacked(chunk, [event for event, state in events if state in LEFT]))
-        return rest
+    def cut_size(self) -> int | None:
+        """The smallest batch over which connections ended, though none as large was accepted."""
+        sizes = (size for size in self._cut_sizes if size > self.largest_accepted)
+        return min(sizes, default=None) if self.accepted else None
 
     def dead(self, at: int) -> list[DeadEvent]:
         """The condemned events, for burial at that moment (µs); none before `next_batch` returned None."""
-        return [self._dead(number, at) for number in sorted(self._suspects) if self._known[number] == DEAD]
+        dead = [number for number in sorted(self._suspects) if self._cargo.is_known(number, DEAD)]
+        return [self._dead(number, at) for number in dead]
 
     def _dead(self, number: int, at: int) -> DeadEvent:
-        index = self._chunk_of(number)
-        chunk, suspect = self._chunks[index], self._suspects[number]
+        chunk, suspect = self._cargo.chunks[self._cargo.chunk_of(number)], self._suspects[number]
         answers = self._answers.items()
         return DeadEvent(
             project=chunk.project,
             key=chunk.key,
-            event=self._opened[index][number - self._seams[index]],
+            event=self._cargo.event(number),
             reason=suspect.reason,
             detail=suspect.detail,
             at=at,
@@ -195,131 +225,94 @@ class Shipment:
             attempts=sum(count for span, count in answers if span.low <= number < span.high),
         )
 
-    def _plan(self) -> Iterator[Span]:
-        """Whole chunks put together up to the limits, as long as their clocks agree."""
-        low, size, first = 0, 0, None
-        for chunk, (begin, end) in zip(self._chunks, pairwise(self._seams), strict=True):
-            if begin == end:
-                continue
-            if first is not None:
-                size += 1 + chunk.size
-                fits = end - low <= self._max_events and size <= self._max_size
-                if fits and agree(first, chunk) and bool(first.burials) == bool(chunk.burials):
-                    continue
-                yield Span(low, begin)
-            low, size, first = begin, chunk.size, chunk
-        if first is not None:
-            yield Span(low, self._seams[-1])
-
     def _next(self) -> tuple[Span, Batch] | None:
         """The next to ask about: planned spans and siblings first, then halves of the latest refused."""
         while self._ahead or self._refused:
             if not self._ahead:
-                self._ahead.extend(self._halves(self._refused.pop()))
+                self._ahead.extend(self._cargo.halves(self._refused.pop()))
                 continue
             span = self._ahead.popleft()
-            batch = self._batch(span)
+            batch = self._cargo.batch(span, self._number + 1)
+            if batch is None:
+                continue
             fits = batch.events <= self._max_events and batch.size <= self._max_size
             if fits or batch.events == 1:
+                self._number += 1
                 return span, batch
-            self._ahead.extendleft(reversed(self._halves(span)))  # a chunk packed under larger limits
+            self._ahead.extendleft(reversed(self._cargo.halves(span)))  # packed under larger limits
         return None
 
     def _judge(self) -> None:
+        """Everything has been asked: condemn who is to be."""
         self._over = True
         for number in self._suspects:
             if self.accepted or self._replayed(number):
-                self._known[number] = DEAD
-            else:
+                self._cargo.know(number, DEAD)
+            elif self._cargo.is_known(number, SUSPECT):
                 self.hold = "rejected"
 
     def _replayed(self, number: int) -> bool:
-        return bool(self._chunks[self._chunk_of(number)].burials)
+        return bool(self._cargo.chunks[self._cargo.chunk_of(number)].burials)
 
-    def _reject(self, span: Span, how: Suspect) -> None:
+    def _reject(self, span: Span, batch: Batch, how: Suspect) -> None:
         self._rejections += not self._replayed(span.low)
         self.why = how.detail
-        if span.high - span.low > 1:
+        if batch.events > 1:
             self._refused.append(span)
-        elif self._open(self._chunk_of(span.low)):
-            self._suspects[span.low] = how
-            self._known[span.low] = SUSPECT
+        else:
+            (number,) = self._cargo.unanswered(span)
+            if self._cargo.open(self._cargo.chunk_of(number)):
+                self._suspects[number] = how
+                self._cargo.know(number, SUSPECT)
         if self._rejections >= UNWITNESSED and not self.accepted:
             self.hold, self._over = "rejected", True
 
-    def _halves(self, span: Span) -> list[Span]:
-        """The span in two, between chunks where that is even enough to keep the bound on requests.
+    def _try_smaller(self, span: Span, batch: Batch, verdict: Retry) -> None:
+        """Halve a large batch over which connections keep ending; ask about a lone event later again."""
+        self._cuts += verdict.cut
+        if self._cuts < self._patience or batch.size <= CUT_SIZE:
+            return
+        self._asked = None
+        if batch.events > 1:
+            self._cut_sizes.append(batch.size)
+            self._refused.append(span)
 
-        n events are even enough when neither part needs more than ⌈log2 n⌉ - 1 further halvings. Else they
-        are cut in the middle, for which the chunk there is opened; if it is damaged, what is around it.
-        """
-        low, high = span
-        most, middle = 1 << ((high - low - 1).bit_length() - 1), (low + high) // 2
-        seams = [seam for seam in self._seams if high - most <= seam <= low + most and low < seam < high]
-        if seams:
-            cut = min(seams, key=lambda seam: abs(seam - middle))
-        else:
-            cut = middle
-            index = self._chunk_of(cut)
-            if not self._open(index):
-                return self._around(index, span)
-        return [Span(low, cut), Span(cut, high)]
-
-    def _around(self, index: int, span: Span) -> list[Span]:
-        """What the span holds beside one whole chunk."""
-        parts = Span(span.low, self._seams[index]), Span(self._seams[index + 1], span.high)
-        return [part for part in parts if part.low < part.high]
-
-    def _batch(self, span: Span) -> Batch:
-        pieces = []
-        for index in range(self._chunk_of(span.low), self._chunk_of(span.high - 1) + 1):
-            chunk, low, high = self._chunks[index], self._seams[index], self._seams[index + 1]
-            if span.low <= low and high <= span.high:
-                pieces += [chunk] if chunk.events else []
+    def _hear(self, span: Span, batch: Batch, judged: Judged) -> None:
+        """Each event as it was judged; what was not stored stays asked for, a few times."""
+        self.warned += judged.warned
+        self.largest_accepted = max(self.largest_accepted, batch.size)
+        if not judged.dead and not judged.again:
+            self.accepted += batch.events
+            self._cargo.accept(span)
+            return
+        left = 0
+        for index in range(self._cargo.chunk_of(span.low), self._cargo.chunk_of(span.high - 1) + 1):
+            self._cargo.open(index)
+        for number in list(self._cargo.unanswered(span)):
+            uuid = _read_event(self._cargo.event(number)).uuid.lower()
+            if uuid in judged.again:
+                left += 1
+            elif uuid in judged.dead:
+                self._condemn(number, Suspect("dropped", judged.dead[uuid]))
             else:
-                events = self._opened[index][max(span.low - low, 0) : span.high - low]
-                pieces.append(repacked(chunk, events))
-        return Batch(
-            project=pieces[0].project,
-            key=pieces[0].key,
-            pieces=tuple(pieces),
-            events=span.high - span.low,
-            size=sum(piece.size for piece in pieces) + len(pieces) - 1,
-        )
+                self._cargo.know(number, ACCEPTED)
+                self.accepted += 1
+        if left and self._resends < RESENDS:
+            self._resends += 1
+            again = self._cargo.batch(span, batch.number)
+            self._asked = (span, again) if again else None
 
-    def _open(self, index: int) -> bool:
-        """Have the chunk's events at hand; False where it is damaged, and then it is out."""
-        if index not in self._opened:
-            events = opened(self._chunks[index])
-            if events is None:
-                self._lose(index)
-                return False
-            self._opened[index] = events
-        return True
+    def _condemn(self, number: int, how: Suspect) -> None:
+        self._suspects[number] = how
+        self._cargo.know(number, DEAD)
 
-    def _lose(self, index: int) -> None:
-        self.damaged.append(self._chunks[index])
-        self._mark(Span(self._seams[index], self._seams[index + 1]), LOST)
-
-    def _mark(self, span: Span, state: int) -> None:
-        self._known[slice(*span)] = bytes((state,)) * (span.high - span.low)
-
-    def _chunk_of(self, number: int) -> int:
-        return bisect_right(self._seams, number) - 1
-
-
-def opened(chunk: Chunk) -> list[bytes] | None:
-    """The chunk's events, byte for byte; None where it does not hold what it says."""
-    try:
-        events = _as_list(b"[" + pack.inflate(chunk.packed, chunk.size, chunk.crc) + b"]")
-    except (ValueError, msgspec.DecodeError, RecursionError):
-        return None
-    return [bytes(event) for event in events] if len(events) == chunk.events else None
-
-
-def repacked(chunk: Chunk, events: Sequence[bytes]) -> Chunk:
-    """Some of a chunk's events as a chunk of their own, with its times."""
-    data = b",".join(events)
-    return msgspec.structs.replace(
-        chunk, events=len(events), size=len(data), crc=pack.crc32(data), packed=pack.deflate(data)
-    )
+    def _bury_what_is_too_long(self) -> None:
+        """What v1 would drop, where no other protocol may be used."""
+        for index, chunk in enumerate(self._cargo.chunks):
+            if chunk.marks & LONG and self._cargo.open(index):
+                for number in range(*self._cargo.span_of(index)):
+                    event = _read_event(self._cargo.event(number))
+                    for name, text in (("name", event.event), ("distinct_id", event.distinct_id)):
+                        if (size := len(text.encode())) > LONGEST:
+                            detail = f"its {name} has {size} bytes, and v1 takes {LONGEST}"
+                            self._condemn(number, Suspect("too_long", detail))

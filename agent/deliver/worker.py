@@ -1,20 +1,19 @@
 """The delivery loop: leases, shipments and verdicts of one project, at its pace."""
 
 import random
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from math import inf
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import structlog
 import trio
 
 from agent.buffer import PARTING_SECONDS, Buffer, Lease, Limits, leased
 from agent.config import Project
-from agent.deliver import wire
-from agent.deliver.client import Reply
+from agent.deliver.courier import Attempt, Courier, Posting
 from agent.deliver.pace import Pace, Pass
-from agent.deliver.shipment import Shipment
+from agent.deliver.shipment import CUTS, Shipment
+from agent.deliver.verdict import Accepted, Batch, Damaged, Judged, Refused, Rejected, Retry, Split, Verdict
 from agent.events import Chunk, Instant
 from agent.metrics import Metrics
 
@@ -26,14 +25,6 @@ DRAIN_PATIENCE = 0.5
 COMPANY = 4
 # How a batch size that PostHog refused is recovered: by this part of itself after each success.
 RECOVERY = 1 / 16
-
-
-class Posting(Protocol):
-    """What posts a body; `client.Client` is one."""
-
-    async def post(
-        self, url: str, body: bytes, headers: Mapping[str, str]
-    ) -> Reply | wire.Retry | wire.Refused: ...
 
 
 class Trouble(NamedTuple):
@@ -57,23 +48,20 @@ class Delivery:
         self.project = project
         self.pace = Pace(project.delivery)
         self.trouble: Trouble | None = None
-        self.statuses: Counter[int] = Counter()
+        self.courier = Courier(project, client, metrics, now, buffer.clocks)
         self._settings = project.delivery
         self._buffer = buffer
-        self._client = client
         self._metrics = metrics
         self._now = now
         self._uniform = random.SystemRandom().uniform
-        self._url = project.host.rstrip("/") + "/batch/"
-        self._headers = wire.headers(
-            {name: value.reveal() for name, value in self._settings.headers.items()},
-            self._settings.compression,
-        )
         self._turn = trio.StrictFIFOLock()
         self._recorded = trio.Event()
         self._idle: trio.CancelScope | None = None
+        self._drained = trio.Event()
         self._draining = False
         self._largest = self._settings.max_batch_size
+        self._recovery = RECOVERY
+        self._cut_size: int | None = None
         self._unwitnessed = 0
         self._state = ""
 
@@ -87,13 +75,20 @@ class Delivery:
         """Wait for no company any more, and end when there is nothing to deliver."""
         self._draining = True
         self._wake()
+        self._drained.set()
         if self._idle is not None:
             self._idle.cancel()
 
     async def _work(self) -> None:
         while (lease := await self._next_lease()) is not None:
             async with leased(self._buffer, lease):
-                shipment = Shipment(lease.chunks, self._most_events(), self._largest)
+                shipment = Shipment(
+                    lease.chunks,
+                    self._most_events(),
+                    self._largest,
+                    self._settings.protocol,
+                    cuts=1 if self._cut_size and self._recovery == RECOVERY else CUTS,
+                )
                 try:
                     await self._ship(shipment, lease.until)
                 finally:
@@ -135,54 +130,34 @@ class Delivery:
 
     async def _ship(self, shipment: Shipment, until: int | None) -> None:
         """Ask until the shipment is over or too old; a retry is asked again when the pace allows."""
+        attempt: Attempt | None = None
         while (batch := shipment.next_batch()) is not None:
             leave = await self._admitted(until)
             if leave is None:
                 return
-            verdict: wire.Verdict | None = None
+            verdict: Verdict | Damaged | None = None
+            wait = 0.0
             try:
-                body = self._body(batch)
-                if isinstance(body, wire.Damaged):
-                    shipment.receive(body)
-                    continue
-                verdict = await self._post(body)
+                verdict, attempt = await self.courier.carry(batch, attempt)
                 shipment.receive(verdict)
             finally:
-                self._record(leave, verdict)
+                wait = self._record(leave, batch, verdict)
+            if wait and not await self._rested(wait, until):
+                return
         if shipment.hold == "rejected":
             now = trio.current_time()
             self.pace.begin("rejected", shipment.why, now, self._uniform)
             self._tell()
 
-    def _body(self, batch: wire.Batch) -> bytes | wire.Damaged:
-        key = batch.key
-        if key is None:
-            key = self.project.api_key.reveal() if self.project.api_key else ""
-        return wire.body(
-            batch,
-            key,
-            wire.sent_at(batch.pieces[0], self._now()),
-            historical_migration=self._settings.historical_migration,
-            compression=self._settings.compression,
-        )
-
-    async def _post(self, body: bytes) -> wire.Verdict:
-        started = trio.current_time()
-        reply = await self._client.post(self._url, body, self._headers)
-        status = reply.status if isinstance(reply, Reply) else 0
-        self.statuses[status] += 1
-        self._metrics.requests.labels(self.project.name, str(status)).inc()
-        self._metrics.request_seconds.observe(trio.current_time() - started)
-        self._metrics.request_body_bytes.observe(len(body))
-        if isinstance(reply, Reply):
-            return wire.read_reply(reply.status, reply.headers, reply.body_start, self._now().wall)
-        return reply
-
     async def _settle(self, lease: Lease, shipment: Shipment) -> None:
         now = self._now().wall
         rest = shipment.rest
         await self._buffer.settle(
-            lease, shipment.dead(now), rest, sum(chunk.events for chunk in shipment.damaged)
+            lease,
+            shipment.dead(now),
+            rest,
+            damaged=sum(chunk.events for chunk in shipment.damaged),
+            warned=shipment.warned,
         )
         for chunk in _delivered(lease.chunks, (*rest, *shipment.damaged)):
             self._metrics.accept_to_delivered_seconds.observe(max(0, now - chunk.received_at) / 1_000_000)
@@ -193,11 +168,18 @@ class Delivery:
             self._unwitnessed = min(self._unwitnessed + 1, self._settings.max_batch_events.bit_length())
         elif shipment.accepted:
             self._unwitnessed = 0
-        if (size := shipment.split_size) is not None:
+        if self._cut_size is not None and shipment.largest_accepted >= self._cut_size:
+            self._cut_size = None  # it was an outage, and not the size
+        if (size := shipment.split_size or shipment.cut_size) is not None:
             self._largest = max(1, size // 2)
+            self._recovery = RECOVERY
+            if shipment.split_size is None:
+                # Connections may have ended for any reason: the first time the size is soon tried again.
+                self._recovery = RECOVERY if self._cut_size else 1.0
+                self._cut_size = size
             log.info("PostHog takes smaller batches only", project=self.project.name, bytes=self._largest)
         elif shipment.accepted and self._largest < self._settings.max_batch_size:
-            grown = self._largest + max(1, int(self._largest * RECOVERY))
+            grown = self._largest + max(1, int(self._largest * self._recovery))
             self._largest = min(grown, self._settings.max_batch_size)
 
     # --- the pace ----------------------------------------------------------------------------------
@@ -232,13 +214,30 @@ class Delivery:
             await self._recorded.wait()
         return True
 
-    def _record(self, leave: Pass, verdict: wire.Verdict | None) -> None:
-        self.pace.record(leave, verdict, trio.current_time(), self._uniform)
-        match verdict:
-            case wire.Retry(reason=text) | wire.Refused(why=text) | wire.Rejected(text) | wire.Split(text):
+    async def _rested(self, seconds: float, until: int | None) -> bool:
+        """Let a batch rest before it is asked about again; False where there is no time for that."""
+        left = inf if until is None else (until - self._now().wall) / 1_000_000
+        if left <= 0 or (self._draining and seconds > DRAIN_PATIENCE):
+            return False
+        with trio.move_on_after(min(seconds, left)):
+            if self._draining:
+                await trio.sleep_forever()
+            await self._drained.wait()
+            return False
+        return True
+
+    def _record(self, leave: Pass, batch: Batch, verdict: Verdict | Damaged | None) -> float:
+        """Tell the pace; gives how long this batch should rest."""
+        said = _for_pace(batch, verdict)
+        wait = self.pace.record(leave, said, trio.current_time(), self._uniform)
+        match said:
+            case Retry(reason=text) | Refused(why=text) | Rejected(text) | Split(text):
                 self.trouble = Trouble(text, self._now().wall)
+        if isinstance(verdict, Judged) and verdict.again:
+            wait = max(wait, verdict.after or self._settings.backoff_base)
         self._tell()
         self._wake()
+        return wait
 
     def _wake(self) -> None:
         self._recorded.set()
@@ -247,7 +246,7 @@ class Delivery:
     def _tell(self) -> None:
         """One line for each change of state."""
         hold = self.pace.hold
-        state = hold.reason if hold else "waiting" if self.pace.failures else ""
+        state = hold.reason if hold else "waiting" if self.pace.waiting else ""
         if state == self._state:
             return
         self._state = state
@@ -258,6 +257,18 @@ class Delivery:
             log.warning("delivery waits to try again", project=name, why=self.trouble and self.trouble.text)
         else:
             log.info("delivery goes on", project=name)
+
+
+def _for_pace(batch: Batch, verdict: Verdict | Damaged | None) -> Verdict | None:
+    """What a verdict says of PostHog's state: who judges by name takes events, unless none was stored."""
+    match verdict:
+        case Judged(again=again, after=after) if len(again) >= batch.events:
+            return Retry(after, "PostHog could not store the events")
+        case Judged():
+            return Accepted()
+        case Damaged():
+            return None
+    return verdict
 
 
 def _delivered(chunks: Sequence[Chunk], others: Sequence[Chunk]) -> list[Chunk]:

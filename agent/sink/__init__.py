@@ -24,13 +24,32 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from agent import httpd
+from agent.sink import v1
 from agent.sink.judge import OK, Event, as_text, judge
-from agent.sink.payload import WIRE_LIMIT, Refusal, Reply, Request
+from agent.sink.payload import WIRE_LIMIT, Refusal, Reply, Request, at_path
+from agent.sink.v1 import PATHS as V1_PATHS
+from agent.sink.v1 import Result, Single
 
-__all__ = ["Afterwards", "Event", "Fault", "Refusal", "Reply", "Request", "Sink", "judge", "serving"]
+__all__ = [
+    "Afterwards",
+    "Event",
+    "Fault",
+    "Refusal",
+    "Reply",
+    "Request",
+    "Result",
+    "Sink",
+    "judge",
+    "serving",
+]
 
 PATHS = ("/batch", "/i/v0/e", "/e", "/track", "/capture", "/engage")
+METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 KEPT = 10_000  # events kept by default: some 30 MB
+# What a captive portal shows whoever is not logged in, whatever was asked for.
+PORTAL = Reply(
+    200, b"<!DOCTYPE html><html><title>Log in</title></html>", {"content-type": "text/html; charset=utf-8"}
+)
 BODY_PATIENCE = 30.0  # seconds for the next piece of a body; PostHog's is configurable
 
 
@@ -62,7 +81,11 @@ class Sink:
 
     `status` is the answer to every request (nothing is taken then, at 200 neither, as for a project over its
     billing limit); `fail_rate` is the share answered 503; `latency` in seconds precedes every answer; a
-    request with an event that has the property `reject_if` is a 400. `script` is asked first.
+    request with an event that has the property `reject_if` is a 400, or by v1 that event is dropped. A body
+    over `max_body` bytes is a 413, over `cut_over` the connection ends. `retry_rate` is the share of events
+    that v1 does not store. `portal` is a captive one. `retry_after` (s) goes with every 429 and 503. Without
+    `v1` that protocol is not served. `script` is asked first for each request, `single` for each event that
+    v1 would take.
     """
 
     def __init__(
@@ -72,6 +95,13 @@ class Sink:
         fail_rate: float = 0.0,
         latency: float = 0.0,
         reject_if: tuple[str, str] | None = None,
+        max_body: int | None = None,
+        cut_over: int | None = None,
+        retry_rate: float = 0.0,
+        retry_after: float | None = None,
+        portal: bool = False,
+        v1: bool = True,
+        single: Single | None = None,
         script: Script | None = None,
         keep: int = KEPT,
         body_patience: float = BODY_PATIENCE,
@@ -84,6 +114,8 @@ class Sink:
         self.received = 0
         self.statuses: Counter[int] = Counter()  # 0: no answer
         self._status, self._fail_rate, self._latency, self._reject_if = status, fail_rate, latency, reject_if
+        self._max_body, self._cut_over, self._portal = max_body, cut_over, portal
+        self._retry_rate, self._retry_after, self._single = retry_rate, retry_after, single
         self._script, self._body_patience, self._now = script, body_patience, now
         self._random = random or Random()  # noqa: S311 - no secret
         self._news = trio.Event()
@@ -92,6 +124,11 @@ class Sink:
             for path in PATHS
             for end in ("", "/")
         ]
+        if v1:
+            # Any method: PostHog's own are refused by the judge, as there.
+            routes += [
+                Route(path + end, self._capture, methods=METHODS) for path in V1_PATHS for end in ("", "/")
+            ]
         routes += [Route(path, _health) for path in ("/", "/_readiness", "/_liveness")]
         self.app = Starlette(routes=routes)
         self.app.router.redirect_slashes = False
@@ -133,7 +170,7 @@ class Sink:
         if isinstance(whim, trio.Event):
             await whim.wait()
         await trio.sleep(self._latency)
-        outcome = whim if isinstance(whim, Reply | Fault) else self._misbehave() or self._judge(request)
+        outcome = whim if isinstance(whim, Reply | Fault) else self._misbehave(body) or self._judge(request)
         outcome = whim.instead if isinstance(whim, Afterwards) else outcome
         answer = self._tell(outcome)
         if outcome is Fault.STALL:
@@ -162,22 +199,48 @@ class Sink:
             )
         return b"".join(pieces)
 
-    def _misbehave(self) -> Reply | None:
+    def _misbehave(self, body: bytes) -> Reply | Fault | None:
+        if self._portal:
+            return PORTAL
         if self._status is not None:
-            return OK if self._status == 200 else Reply(self._status, b"told to answer this")
+            return OK if self._status == 200 else self._busy(self._status, b"told to answer this")
         if self._fail_rate and self._random.random() < self._fail_rate:
-            return Reply(503, b"transient error, please retry")
+            return self._busy(503, b"transient error, please retry")
+        if self._cut_over is not None and len(body) > self._cut_over:
+            return Fault.HANG_UP
+        if self._max_body is not None and len(body) > self._max_body:
+            return Reply(413, b"length limit exceeded")
         return None
 
+    def _busy(self, status: int, text: bytes) -> Reply:
+        after = {"retry-after": f"{self._retry_after:g}"} if self._retry_after is not None else {}
+        return Reply(status, text, after if status in (429, 503) else {})
+
     def _judge(self, request: Request) -> Reply:
-        reply, events = judge(request, self._now(), self._random.getrandbits)
-        if self._reject_if is not None:
-            name, value = self._reject_if
-            if any(as_text(event.properties.get(name)) == value for event in events):
+        if at_path(request.path, V1_PATHS):
+            reply, events = v1.judge(request, self._now(), self._judge_single)
+        else:
+            reply, events = judge(request, self._now(), self._random.getrandbits)
+            if any(map(self._is_rejected, events)):
                 return Reply(400, b"invalid event could not be processed")
         self.events.extend(events)
         self.taken += len(events)
         return reply
+
+    def _is_rejected(self, event: Event) -> bool:
+        if self._reject_if is None:
+            return False
+        name, value = self._reject_if
+        return as_text(event.properties.get(name)) == value
+
+    def _judge_single(self, event: Event) -> Result | None:
+        if self._single is not None and (said := self._single(event)) is not None:
+            return said
+        if self._is_rejected(event):
+            return Result("drop", "rejected")
+        if self._retry_rate and self._random.random() < self._retry_rate:
+            return Result("retry", "not_persisted")
+        return None
 
     def _tell(self, outcome: Reply | Fault) -> Response:
         """Count an outcome, wake who waits for news, and make the response of it."""

@@ -262,6 +262,11 @@ def _process(
     )
 
 
+def read_uuid(text: str) -> str | None:
+    """A uuid in any form that `Uuid::parse_str` reads, in the usual one; None for anything else."""
+    return _hyphenated(text) if _UUID.fullmatch(text) else None
+
+
 def _hyphenated(uuid: str) -> str:
     return uuid.lower() if len(uuid) == 36 else str(UUID(uuid))  # the usual form needs no look
 

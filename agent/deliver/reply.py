@@ -1,0 +1,113 @@
+"""What a reply means: who speaks, what PostHog says, and when to come back.
+
+It promises that a reply is taken for an acceptance only where it can be nothing else, that every reply has
+exactly one verdict, and that no verdict's text holds a key. The facts are those of `PostHog/posthog`,
+`rust/capture/src`.
+"""
+
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
+from urllib.parse import urlsplit
+
+from agent.deliver.clocks import EPOCH
+from agent.deliver.verdict import Accepted, Refused, Rejected, Retry, Split, Verdict
+
+# What a person reads in one look, and what is kept with every dead event.
+REASON_BYTES = 500
+# One hour: the longest window in PostHog's own rate limits (`posthog/rate_limit.py` counts by the minute and
+# by the hour). What asks for more is a mistake, and obeying it would look like an agent that died.
+LONGEST_AFTER = 3600.0
+
+# The beginnings by which browsers know HTML (WHATWG MIME Sniffing, 7.1), and `<meta`, with which portals'
+# redirecting pages begin. PostHog answers in JSON or plain text that begins like none of them.
+HTML = re.compile(
+    rb"(?:\xef\xbb\xbf)?[\t\n\x0c\r ]*<(?:!--|(?:!doctype html|html|head|script|iframe|h1|div|font|table|a"
+    rb"|style|title|b|body|br|p|meta)(?:[\s/>]|$))",
+    re.IGNORECASE,
+)
+SECONDS = re.compile(r"[+-]?\d+(?:\.\d*)?")
+# PostHog's keys, wherever a reply repeats one (docs: project, personal, secret and OAuth keys).
+KEYS = re.compile(r"\bph[acsx]_[\w-]+")
+
+
+def read_reply(status: int, headers: Mapping[str, str], body_start: bytes, now: int) -> Verdict:
+    """What a reply means; header names in lower case, `now` by the wall clock in microseconds.
+
+    HTML with a 2xx or a 400 did not come from PostHog but from a captive portal or a proxy on the way.
+    With 413, 408, 429 and 5xx it is what load balancers say in PostHog's stead, and means the same.
+    """
+    html = is_html(headers, body_start)
+    text = "" if html else words(body_start)
+    reason = f"HTTP {status}: {text}" if text else f"HTTP {status}"
+    match status:
+        case 413:
+            return Split(text or reason)
+        case 400 if not html:
+            return Rejected(text or reason)
+        case 401 | 403:
+            return Refused("key", reason)
+        case 402:
+            return Refused("billing", reason)
+    if status in (408, 429) or 500 <= status <= 599:
+        return Retry(retry_after(headers, now), reason, cut=status == 408)
+    if 200 <= status <= 299 and not html:
+        return Accepted()
+    if html:
+        return Refused("host", f"HTTP {status} with a page of HTML: a portal or proxy, not PostHog")
+    if 300 <= status <= 399:
+        return Refused("host", f"HTTP {status}: redirected to {_origin(headers.get('location', ''))}")
+    return Refused("host", reason)
+
+
+def is_html(headers: Mapping[str, str], body_start: bytes) -> bool:
+    """Whether it is a page for people, whatever it calls itself."""
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    return kind in ("text/html", "application/xhtml+xml") or HTML.match(body_start) is not None
+
+
+def words(body_start: bytes) -> str:
+    """PostHog's plain text on one printable line, without any key."""
+    words = " ".join(body_start[: 4 * REASON_BYTES].decode("utf-8", "replace").split())
+    text = KEYS.sub("***", "".join(char if char.isprintable() else "\ufffd" for char in words))
+    return text.encode()[:REASON_BYTES].decode("utf-8", "ignore")
+
+
+def _origin(location: str) -> str:
+    """Where a redirect leads, without the query or user that could hold a secret."""
+    with suppress(ValueError):
+        parts = urlsplit(location)
+        if parts.hostname:
+            return f"{parts.scheme or 'http'}://{parts.hostname}"
+    return "another path of the same host" if location else "nowhere"
+
+
+def retry_after(headers: Mapping[str, str], now: int) -> float | None:
+    """Seconds to wait by `Retry-After` (RFC 9110, 10.2.3), between 0 and the cap; None where it says none.
+
+    A date is measured by the server's own clock where it tells that, so that ours may be wrong.
+    """
+    value = headers.get("retry-after", "").strip()
+    if SECONDS.fullmatch(value):
+        return min(max(float(value), 0.0), LONGEST_AFTER)
+    until = _date(value)
+    if until is None:
+        return None
+    here = _date(headers.get("date", "")) or EPOCH + timedelta(microseconds=now)
+    return min(max((until - here).total_seconds(), 0.0), LONGEST_AFTER)
+
+
+def server_clock(headers: Mapping[str, str]) -> int | None:
+    """What the server's clock showed (µs), within half a second; None where it does not tell."""
+    date = _date(headers.get("date", ""))
+    return None if date is None else (date - EPOCH) // timedelta(microseconds=1) + 500_000
+
+
+def _date(value: str) -> datetime | None:
+    """An HTTP date in any of its three forms (RFC 9110, 5.6.7), all of which are UTC."""
+    try:
+        return parsedate_to_datetime(value).replace(tzinfo=UTC)
+    except (ValueError, OverflowError):
+        return None
