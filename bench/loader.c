@@ -1,9 +1,9 @@
 /* Sends events to a local socket as fast as it takes them, or at a rate; never the bottleneck.
  *
- *   loader unix_stream|unix_stream_ack|unix_datagram|udp ADDRESS COUNT [EVENTS_PER_SECOND]
+ *   loader unix_stream|unix_stream_ack|unix_datagram|udp ADDRESS COUNT [EVENTS_PER_SECOND [POISON]]
  *
  * ADDRESS is a path or, for udp, a port of 127.0.0.1. The events are made before the first is sent, so that making
- * them takes no CPU from the agent. Prints when the first was sent (seconds since 1970) and how long it took.
+ * them takes no CPU from the agent. Of every POISON events one is such that PostHog refuses its batch. Prints when the first was sent (seconds since 1970) and how long it took.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -32,14 +32,16 @@ static double now(void) {
 }
 
 /* About 340 bytes, no two alike. */
-static int event(char *to, long n) {
+static int event(char *to, long n, long poison) {
+    char number[24];
+    sprintf(number, poison && n % poison == poison - 1 ? "1e999" : "%ld", n);
     unsigned r = (unsigned)n * 2654435761u;
     return sprintf(to,
-                   "{\"event\":\"%s\",\"distinct_id\":\"user-%u\",\"properties\":{\"n\":%ld,\"plan\":\"%s\","
+                   "{\"event\":\"%s\",\"distinct_id\":\"user-%u\",\"properties\":{\"n\":%s,\"plan\":\"%s\","
                    "\"$current_url\":\"https://shop.example.com/products/%u?ref=%x\",\"amount\":%u.%02u,"
                    "\"$session_id\":\"%08x-%04x-7%03x-8%03x-%08x%04x\",\"user_agent\":\"%s\",\"screen_width\":%u,"
                    "\"logged_in\":%s,\"country\":\"DE\"}}\n",
-                   NAMES[r % 5], r % 100000, n, PLANS[(r >> 8) % 4], (r >> 4) % 5000, r >> 12, r % 500, r % 100, r,
+                   NAMES[r % 5], r % 100000, number, PLANS[(r >> 8) % 4], (r >> 4) % 5000, r >> 12, r % 500, r % 100, r,
                    (r >> 3) & 0xffff, (r >> 5) & 0xfff, (r >> 7) & 0xfff, r * 31u, (r >> 9) & 0xffff, AGENTS[r % 3],
                    800 + r % 1200, r & 1 ? "true" : "false");
 }
@@ -47,11 +49,11 @@ static int event(char *to, long n) {
 static char *texts;   /* all events, one behind the other */
 static size_t *ends; /* where each ends */
 
-static void make(long count) {
+static void make(long count, long poison) {
     size_t size = 0;
     texts = malloc((size_t)count * LARGEST);
     ends = malloc(count * sizeof *ends);
-    for (long n = 0; n < count; n++) ends[n] = size += event(texts + size, n);
+    for (long n = 0; n < count; n++) ends[n] = size += event(texts + size, n, poison);
 }
 
 static void fail(const char *what) {
@@ -141,13 +143,13 @@ static void datagrams(int fd, long count, double rate) {
 
 int main(int argc, char **argv) {
     if (argc < 4) {
-        fprintf(stderr, "usage: loader KIND ADDRESS COUNT [EVENTS_PER_SECOND]\n");
+        fprintf(stderr, "usage: loader KIND ADDRESS COUNT [EVENTS_PER_SECOND [POISON]]\n");
         return 2;
     }
     int fd = connected(argv[1], argv[2]);
     long count = atol(argv[3]);
     double rate = argc > 4 ? atof(argv[4]) : 0;
-    make(count);
+    make(count, argc > 5 ? atol(argv[5]) : 0);
     struct timespec start;
     clock_gettime(CLOCK_REALTIME, &start);
     double began = now();

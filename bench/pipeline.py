@@ -68,9 +68,9 @@ def free_port(kind: socket.SocketKind = socket.SOCK_STREAM) -> int:
 class Sink:
     """The sink's process."""
 
-    def __init__(self, port: int, folder: Path | None = None) -> None:
+    def __init__(self, port: int, folder: Path | None = None, *, strict: bool = False) -> None:
         self.port = port
-        command = [str(BUILD / "sink"), str(port), *([str(folder)] if folder else [])]
+        command = [str(BUILD / "sink"), str(port), str(folder or "-"), *(["strict"] if strict else [])]
         self._process = subprocess.Popen(command)
         wait_until(lambda: self.totals() is not None)
 
@@ -110,7 +110,7 @@ class Sink:
 class Agent:
     """The agent's process on a temporary buffer; `ready` is the seconds until its stream took a client."""
 
-    def __init__(self, folder: Path, host: str) -> None:
+    def __init__(self, folder: Path, host: str, protocol: str = "batch") -> None:
         self.folder = folder
         self.udp = free_port(socket.SOCK_DGRAM)
         config = folder / "config.toml"
@@ -132,8 +132,8 @@ class Agent:
             path = "{folder}/buffer.db"
             max_size = "8 GiB"
             [delivery]
+            protocol = "{protocol}"
             backoff_base = "200 ms"
-            backoff_max = "500 ms"
             [admin]
             socket = "{folder}/admin"
             listen = ""
@@ -217,12 +217,14 @@ def folder() -> Iterator[Path]:
 
 
 @contextmanager
-def pipeline(dump: bool = False) -> Iterator[tuple[Agent, Sink]]:
+def pipeline(
+    *, dump: bool = False, strict: bool = False, protocol: str = "batch"
+) -> Iterator[tuple[Agent, Sink]]:
     """An agent before a sink for a block."""
     with folder() as place:
         (place / "bodies").mkdir()
-        sink = Sink(free_port(), place / "bodies" if dump else None)
-        agent = Agent(place, f"http://127.0.0.1:{sink.port}")
+        sink = Sink(free_port(), place / "bodies" if dump else None, strict=strict)
+        agent = Agent(place, f"http://127.0.0.1:{sink.port}", protocol)
         try:
             yield agent, sink
         finally:
@@ -230,17 +232,20 @@ def pipeline(dump: bool = False) -> Iterator[tuple[Agent, Sink]]:
             sink.close()
 
 
-def load(agent: Agent, kind: str, count: int, rate: int = 0) -> float:
-    """Send events into one of the agent's sources; when the first one left."""
+def load(agent: Agent, kind: str, count: int, rate: int = 0, poison: int = 0) -> float:
+    """Send events into one of the agent's sources; when the first one left.
+
+    Of every `poison` events PostHog refuses one.
+    """
     address = {"unix_datagram": f"{agent.folder}/d", "udp": str(agent.udp)}.get(kind, f"{agent.folder}/s")
-    command = [str(BUILD / "loader"), kind, address, str(count), *([str(rate)] if rate else [])]
+    command = [str(BUILD / "loader"), kind, address, str(count), str(rate), str(poison)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     return float(done.stdout.split()[0])
 
 
-def flood(kind: str, count: int, rate: int = 0) -> Figures:
+def flood(kind: str, count: int, rate: int = 0, protocol: str = "batch") -> Figures:
     """Events through one source, until the sink has them all."""
-    with pipeline() as (agent, sink):
+    with pipeline(protocol=protocol) as (agent, sink):
         load(agent, kind, 2000)
         wait_until(lambda: sink.events() == 2000)
         cpu = agent.cpu()
@@ -253,6 +258,30 @@ def flood(kind: str, count: int, rate: int = 0) -> Figures:
             "lost": 2000 + count - totals["events"],
             "RSS MiB": agent.memory("VmHWM"),
         }
+
+
+def poisoned() -> Figures:
+    """A flood in which one event in 10,000 is poison, beside the same without: the share of throughput left.
+
+    The sink opens each body before it answers, so both are slower than `stream`.
+    """
+    rates = []
+    for poison in (0, 10_000):
+        with pipeline(strict=True) as (agent, sink):
+            load(agent, "unix_stream", 2000)
+            wait_until(lambda sink=sink: sink.events() == 2000)  # type: ignore[misc]  # this round's
+            count, dead = 1_000_000, 1_000_000 // poison if poison else 0
+            began = load(agent, "unix_stream", count, 0, poison)
+            wait_until(lambda sink=sink, dead=dead: sink.settle()["events"] >= 1_002_000 - dead)  # type: ignore[misc]
+            wait_until(lambda agent=agent, dead=dead: agent.total("dead") == dead)  # type: ignore[misc]
+            rates.append(count / (sink.settle()["last"] - began))
+    return {"throughput left": rates[1] / rates[0], "events/s": rates[1]}
+
+
+def newer() -> Figures:
+    """The CPU of a flood by the v1 protocol, by that of one by `/batch`."""
+    by = {protocol: flood("unix_stream", 1_000_000, protocol=protocol)[CPU] for protocol in ("batch", "v1")}
+    return {"CPU ratio": by["v1"] / by["batch"], CPU: by["v1"]}
 
 
 def steady(kind: str) -> Figures:
@@ -340,6 +369,8 @@ def rows(backlog: int) -> dict[str, tuple[Callable[[], Figures], list[Goal]]]:
                 Goal("bytes/event", "<=", 100),
             ],
         ),
+        "poison": (poisoned, [Goal("throughput left", ">=", 0.8)]),
+        "v1": (newer, [Goal("CPU ratio", "<=", 1.3)]),
         "quiet": (quiet, [Goal("wire ratio", "<=", 1.2)]),
         "idle": (idle, [Goal("ready s", "<=", 0.5), Goal(RSS, "<=", 56)]),
     }

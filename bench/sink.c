@@ -1,6 +1,9 @@
 /* Answers every POST with 200 as PostHog does, and counts: requests, body bytes, and the events in them.
  *
- *   sink PORT [FOLDER]
+ *   sink PORT [FOLDER|- [strict]]
+ *
+ * By the v1 protocol the answer has as many results as the agent's batches have events. When strict, each body is
+ * opened first, and one that holds a number beyond a double (1e999) is answered 400, as PostHog does.
  *
  * One thread, epoll, keep-alive. GET /seen tells requests and bytes as JSON; GET / inflates what it has kept and
  * counts the events too, so that nothing can be lost unseen and counting takes no CPU from the agent meanwhile.
@@ -26,6 +29,8 @@ static struct { char *data; size_t size, room; } clients[4096];
 static long requests, events, body_bytes, bad;
 static double first, last;
 static const char *folder;
+static int strict;
+static char *results; /* what v1 answers: a result for each of 1,000 events */
 
 static double now(void) {
     struct timespec t;
@@ -42,24 +47,34 @@ static long count_in(const char *text, size_t size) {
 
 static struct kept { struct kept *next; size_t size; int gzip; char body[]; } *kept;
 
+/* The text of a body. */
+static const char *opened(const char *body, size_t *size, int gzip) {
+    static char *out;
+    if (!gzip) return body;
+    if (!out) out = malloc(4 * ROOM);
+    z_stream z = {.next_in = (Bytef *)body, .avail_in = *size, .next_out = (Bytef *)out, .avail_out = 4 * ROOM};
+    inflateInit2(&z, 31);
+    if (inflate(&z, Z_FINISH) != Z_STREAM_END) bad++;
+    *size = z.total_out;
+    inflateEnd(&z);
+    return out;
+}
+
 /* Open what was kept, and count its events. */
 static void count_kept(void) {
-    static char *out;
-    if (!out) out = malloc(4 * ROOM);
     while (kept) {
         struct kept *one = kept;
         kept = one->next;
-        if (one->gzip) {
-            z_stream z = {.next_in = (Bytef *)one->body, .avail_in = one->size};
-            z.next_out = (Bytef *)out, z.avail_out = 4 * ROOM;
-            inflateInit2(&z, 31);
-            if (inflate(&z, Z_FINISH) != Z_STREAM_END) bad++;
-            events += count_in(out, z.total_out);
-            inflateEnd(&z);
-        } else
-            events += count_in(one->body, one->size);
+        size_t size = one->size;
+        const char *text = opened(one->body, &size, one->gzip);
+        events += count_in(text, size);
         free(one);
     }
+}
+
+static int is_poison(const char *body, size_t size, int gzip) {
+    const char *text = opened(body, &size, gzip);
+    return memmem(text, size, ":1e999", 6) != NULL;
 }
 
 static void take(const char *body, size_t size, int gzip) {
@@ -79,12 +94,20 @@ static void take(const char *body, size_t size, int gzip) {
     if (!first) first = last;
 }
 
-static void answer(int fd, const char *text) {
-    char out[1024];
+static void answer(int fd, const char *status, const char *text) {
+    static char out[256 * 1024];
     int size = snprintf(out, sizeof out,
-                        "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %zu\r\n\r\n%s",
+                        "HTTP/1.1 %s\r\nContent-Type: application/json\r\nContent-Length: %zu\r\n\r\n%s", status,
                         strlen(text), text);
     if (write(fd, out, size) != size) perror("write");
+}
+
+static void make_results(void) {
+    char *at = results = malloc(1000 * 80 + 64);
+    at += sprintf(at, "{\"results\":{");
+    for (int n = 0; n < 1000; n++)
+        at += sprintf(at, "%s\"00000000-0000-4000-8000-%012d\":{\"result\":\"ok\"}", n ? "," : "", n);
+    sprintf(at, "}}");
 }
 
 /* Handle every whole request that a client has sent; 0 when it should be closed. */
@@ -100,16 +123,18 @@ static int serve(int fd) {
         if ((at = strcasestr(data, "content-encoding:"))) gzip = strstr(at, "gzip") != NULL;
         *end = '\r';
         if (head + length > clients[fd].size) return head + length < ROOM;
-        if (strncmp(data, "POST", 4) == 0) {
+        if (strncmp(data, "POST", 4) == 0 && strict && is_poison(data + head, length, gzip)) {
+            answer(fd, "400 Bad Request", "failed to parse request");
+        } else if (strncmp(data, "POST", 4) == 0) {
             take(data + head, length, gzip);
-            answer(fd, "{\"status\":\"Ok\"}");
+            answer(fd, "200 OK", strncmp(data, "POST /i/v1/", 11) ? "{\"status\":\"Ok\"}" : results);
         } else {
             char text[512];
             if (strncmp(data, "GET /seen", 9)) count_kept();
             snprintf(text, sizeof text,
                      "{\"requests\":%ld,\"events\":%ld,\"body_bytes\":%ld,\"bad\":%ld,\"first\":%.6f,\"last\":%.6f}",
                      requests, events, body_bytes, bad, first, last);
-            answer(fd, text);
+            answer(fd, "200 OK", text);
         }
         clients[fd].size -= head + length;
         memmove(data, data + head + length, clients[fd].size);
@@ -118,7 +143,9 @@ static int serve(int fd) {
 
 int main(int argc, char **argv) {
     if (argc < 2) return 2;
-    folder = argc > 2 ? argv[2] : NULL;
+    folder = argc > 2 && strcmp(argv[2], "-") ? argv[2] : NULL;
+    strict = argc > 3;
+    make_results();
     int one = 1, door = socket(AF_INET, SOCK_STREAM, 0), poll = epoll_create1(0);
     struct sockaddr_in at = {.sin_family = AF_INET, .sin_port = htons(atoi(argv[1]))};
     at.sin_addr.s_addr = htonl(INADDR_LOOPBACK);

@@ -225,6 +225,28 @@ def test_a_dead_event_tells_what_a_person_needs() -> None:
     ]
 
 
+def test_a_number_beyond_a_double_is_found_at_once() -> None:
+    """What the door cannot afford to see is looked for once a batch is refused: four requests, not twenty."""
+    events = [event(number) for number in range(1000)]
+    events[700] = b'{"event":"e","properties":{"n":[1,{"x":-1e999}]}}'
+    shipment = Shipment([chunk(events)], **generous)
+    bad = events[700]
+    posts = deliver(shipment, lambda sent: REJECTED if bad in events_in(sent.pieces) else Accepted())
+    assert [post.events for post in posts] == [1000, 700, 299, 1]
+    assert [dead.event for dead in shipment.dead(AT)] == [bad]
+
+
+def test_a_wrong_guess_condemns_nobody() -> None:
+    """PostHog decides: an odd event that it takes is delivered, the true culprit is found by halving."""
+    events = [event(number) for number in range(100)]
+    events[3] = b'{"n":1e999}'
+    shipment = Shipment([chunk(events)], **generous)
+    bad = events[60]
+    deliver(shipment, lambda sent: REJECTED if bad in events_in(sent.pieces) else Accepted())
+    assert [dead.event for dead in shipment.dead(AT)] == [bad]
+    assert shipment.accepted == 99
+
+
 def replayed(*numbers: int) -> list[Chunk]:
     """Dead events on their way again."""
     burial = Burial(1, "rejected", "no", 1)

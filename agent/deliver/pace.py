@@ -25,10 +25,11 @@ PROBE_SECONDS = (45.0, 75.0)
 # fell silent together come back apart.
 COOLDOWN_SPREAD = 1.25
 
-# After an outage requests go out no more often than in quiet times (one each `linger`) for as long as the
-# outage lasted, at most this long: all who come back in the same half minute (`backoff_max`) then add up to
-# no more than they always did, however much they have to tell. From then on the rate doubles, twelve times
-# within that time.
+# An outage as long as `backoff_max` is spread by the waits themselves: agents come back over as long a time
+# as it lasted. After a longer one requests go out no more often than in quiet times (one each `linger`) for
+# as long as it was longer, at most this long: then a fleet that comes back in the same half minute adds up to
+# no more than it always did, however much it has to tell. The rate then doubles each time that as long again
+# has passed; after 12 doublings it is no bound any more.
 RAMP_SECONDS = 60.0
 RAMP_DOUBLINGS = 12
 
@@ -61,7 +62,7 @@ class Pass(NamedTuple):
 
 
 class Ramp(NamedTuple):
-    """When deliveries went on after an outage, and how long (s) it had lasted, at most `RAMP_SECONDS`."""
+    """When deliveries went on after an outage, and for how long (s) they are as rare as in quiet times."""
 
     begun: float
     length: float
@@ -136,7 +137,7 @@ class Pace:
         beyond = now - self._ramp.begun - self._ramp.length
         spacing = self._manners.linger
         if beyond > 0:
-            doublings = beyond * RAMP_DOUBLINGS / self._ramp.length if self._ramp.length else inf
+            doublings = beyond / self._ramp.length
             if doublings >= RAMP_DOUBLINGS:
                 self._ramp = None
                 return 0.0
@@ -228,7 +229,8 @@ class Pace:
         """An acceptance: what was in doubt is over, and the window grows if somebody waits for room."""
         if self._doubtful:
             if self.hold is None or self.hold.reason != "rejected":  # that was about events
-                self._ramp = Ramp(now, min(now - self._troubled_since, RAMP_SECONDS))
+                beyond = now - self._troubled_since - self._manners.backoff_max
+                self._ramp = Ramp(now, min(beyond, RAMP_SECONDS)) if beyond > 0 else None
             self.hold, self._waiting = None, False
             self._turn()
         self.failures = 0

@@ -226,10 +226,10 @@ class Shipment:
         )
 
     def _next(self) -> tuple[Span, Batch] | None:
-        """The next to ask about: planned spans and siblings first, then halves of the latest refused."""
+        """The next to ask about: planned spans and siblings first, then parts of the latest refused."""
         while self._ahead or self._refused:
             if not self._ahead:
-                self._ahead.extend(self._cargo.halves(self._refused.pop()))
+                self._ahead.extend(self._cargo.parts(self._refused.pop()))
                 continue
             span = self._ahead.popleft()
             batch = self._cargo.batch(span, self._number + 1)
