@@ -2,16 +2,17 @@
 
 import gzip
 import logging
+import socket
 import ssl
-import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import trio
 import trio.testing
+from certificates import Papers, make_papers, server_tls
 
 from agent.config import Secret
 from agent.deliver.client import BODY_START, Client, ClientError, Reply
@@ -186,6 +187,37 @@ async def test_an_idle_connection_that_the_server_closed_is_no_outage() -> None:
             assert isinstance(await client.post(server.url, b"{}", {}), Reply)
             await trio.testing.wait_all_tasks_blocked(0.02)
         assert len(server.connections) == 3
+
+
+async def test_a_name_that_moves_is_followed() -> None:
+    """Each new connection asks for the name's addresses anew: a host that moves is found where it went.
+
+    Where this machine's name has one address only, it goes away and comes back.
+    """
+    named = socket.getaddrinfo("localhost", 80, type=socket.SOCK_STREAM)
+    addresses = list(dict.fromkeys(str(entry[4][0]) for entry in named))
+    reached: list[str] = []
+
+    def at(address: str) -> Callable[[trio.SocketStream], Awaitable[None]]:
+        async def connected(stream: trio.SocketStream) -> None:
+            with suppress(trio.BrokenResourceError):
+                while await request(stream, bytearray()):
+                    reached.append(address)
+                    await stream.send_all(OK)
+
+        return connected
+
+    async with Client(Settings()) as client:
+        port = 0
+        for address in addresses * 2:
+            async with trio.open_nursery() as nursery:
+                (listener,) = await trio.open_tcp_listeners(port, host=address)
+                port = listener.socket.getsockname()[1]
+                nursery.start_soon(trio.serve_listeners, at(address), [listener])
+                reply = await client.post(f"http://localhost:{port}/batch/", b"{}", {})
+                nursery.cancel_scope.cancel()
+            assert isinstance(reply, Reply)
+    assert reached == addresses * 2
 
 
 async def test_a_long_body_is_read_only_to_its_bound() -> None:
@@ -410,35 +442,10 @@ def test_a_proxy_that_is_none_is_told_with_a_hint(proxy: str) -> None:
     assert "proxy" in caught.value.hint
 
 
-class Papers(NamedTuple):
-    """An authority, the server's and the client's certificate, and an encrypted key."""
-
-    ca: str
-    cert: str
-    key: str
-    locked: str
-
-
 @pytest.fixture(scope="module")
 def papers(tmp_path_factory: pytest.TempPathFactory) -> Papers:
     """A self-signed certificate for 127.0.0.1 that is its own authority."""
-    folder = tmp_path_factory.mktemp("tls")
-    cert, key, locked = (str(folder / name) for name in ("cert.pem", "key.pem", "locked.pem"))
-    new = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
-    new += ["-days", "2", "-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1"]
-    lock = ["openssl", "ec", "-aes256", "-passout", "pass:x"]
-    try:
-        subprocess.run([*new, "-keyout", key, "-out", cert], check=True, capture_output=True)
-        subprocess.run([*lock, "-in", key, "-out", locked], check=True, capture_output=True)
-    except FileNotFoundError:
-        pytest.skip("openssl is not installed")
-    return Papers(cert, cert, key, locked)
-
-
-def server_tls(papers: Papers) -> ssl.SSLContext:
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(papers.cert, papers.key)
-    return context
+    return make_papers(tmp_path_factory.mktemp("tls"))
 
 
 async def test_tls_is_trusted_by_the_configured_authority(papers: Papers) -> None:
