@@ -65,6 +65,7 @@ class Courier:
         self._now = now
         self._clocks = clocks
         self._posthog: int | None = None
+        self._date = ""
         host = project.host.rstrip("/")
         self._batch_url, self._v1_url = host + wire.PATH, host + v1.PATH
         self._headers = wire.headers(
@@ -80,10 +81,10 @@ class Courier:
             return self._settings.protocol
         return "v1" if trio.current_time() >= self._absent_until else "batch"
 
-    async def carry(self, batch: Batch, last: Attempt | None) -> tuple[Verdict | Damaged, Attempt]:
+    async def carry(self, batch: Batch, last: Attempt | None) -> tuple[Verdict | Damaged, Attempt | None]:
         """One request, or two where v1 turns out not to be served; and what the next one must know."""
-        attempt = self._attempt(batch, last)
         if self.protocol == "v1" and not (batch.long and self._settings.protocol == "auto"):
+            attempt = self._attempt(batch, last)
             verdict = await self._by_v1(batch, attempt)
             if not isinstance(verdict, Absent):
                 return verdict, attempt
@@ -95,7 +96,7 @@ class Courier:
             if self._absent_until == 0.0:
                 log.info("v1 is not served; /batch is used", project=self._project.name, why=verdict.why)
             self._absent_until = trio.current_time() + ABSENT_SECONDS
-        return await self._by_batch(batch), attempt
+        return await self._by_batch(batch), last
 
     def _attempt(self, batch: Batch, last: Attempt | None) -> Attempt:
         if last is not None and last.number == batch.number:
@@ -161,7 +162,16 @@ class Courier:
         self._metrics.requests.labels(self._project.name, str(status)).inc()
         self._metrics.request_seconds.observe(trio.current_time() - started)
         self._metrics.request_body_bytes.observe(len(body))
-        if isinstance(reply, Reply) and (clock := server_clock(reply.headers)) is not None:
+        if isinstance(reply, Reply):
+            self._look_at_date(reply.headers)
+        return reply
+
+    def _look_at_date(self, headers: Mapping[str, str]) -> None:
+        """Learn PostHog's clock, once a second: it is told to the second, and reading it takes a while."""
+        text = headers.get("date", "")
+        if text == self._date:
+            return
+        self._date = text
+        if (clock := server_clock(headers)) is not None:
             now = self._now()
             self._posthog, self.ahead = clock - now.monotonic, now.wall - clock
-        return reply
