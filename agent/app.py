@@ -23,7 +23,7 @@ from agent.buffer import Buffer, Kept
 from agent.buffer.memory import open_memory
 from agent.buffer.sqlite import open_sqlite
 from agent.clock import Clock
-from agent.config import Admin, Config, UnixStream
+from agent.config import Admin, Config, Stream
 from agent.config import Source as Settings
 from agent.memory import keep_freed, settle_in
 from agent.metrics import Metrics
@@ -178,12 +178,12 @@ def _with_descriptors(config: Config, limit: int) -> Config:
 
     Else clients that stay would keep events from being delivered, and people from seeing why.
     """
-    streams = sum(isinstance(source, UnixStream) for source in config.sources)
+    streams = sum(isinstance(source, Stream) for source in config.sources)
     kept = KEPT_DESCRIPTORS + sum(project.delivery.concurrency for project in config.projects)
     room = max(1, (limit - kept) // max(1, streams))
 
     def within(source: Settings) -> Settings:
-        if isinstance(source, UnixStream) and source.max_connections > room:
+        if isinstance(source, Stream) and source.max_connections > room:
             log.warning(
                 "the limit on open files allows fewer clients at once than max_connections; more will wait",
                 source=source.name,

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterator, Mapping
+from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from agent.config import (
@@ -16,6 +17,7 @@ from agent.config import (
     Project,
     Settings,
     Source,
+    Tcp,
     Udp,
     UnixDatagram,
     UnixStream,
@@ -77,7 +79,7 @@ def of(settings: Settings) -> Iterator[Wrong]:
                 yield "host", wrong
         case Delivery():
             yield from _of_delivery(settings)
-        case UnixStream() | UnixDatagram() | Udp():
+        case UnixStream() | UnixDatagram() | Udp() | Tcp():
             yield from _of_source(settings)
         case Buffer():
             yield from _path(settings.path, "path", math.inf)
@@ -126,17 +128,26 @@ def _of_source(source: Source) -> Iterator[Wrong]:
             yield f"properties.{name}", "cannot be told in JSON (nan and inf are not in it)"
         if name == "$cookieless_mode" and not isinstance(value, bool):
             yield f"properties.{name}", "must be true or false: PostHog refuses a whole batch for another"
+    yield from _of_socket(source)
+
+
+def _of_socket(source: Source) -> Iterator[Wrong]:
     match source:
-        case Udp():
+        case Udp() | Tcp():
             if wrong := wrong_address(source.listen):
                 yield "listen", wrong
         case _:
             yield from _path(source.path, "path", PATH_BYTES)
             if not 0 <= source.mode <= 0o777:
                 yield "mode", f"{source.mode:#o} is no file mode, such as 0o660"
-    if isinstance(source, UnixStream):
+    if isinstance(source, UnixStream | Tcp):
         yield from _between("max_connections", source.max_connections, 1, 1_000_000)
-    else:
+    if isinstance(source, Tcp):
+        yield from _between("idle_timeout", source.idle_timeout, 1, 30 * 86400, seconds=True)
+        for name, text in (("tls_key", source.tls_key), ("tls_client_ca", source.tls_client_ca)):
+            if text and not source.tls_cert:
+                yield name, "is of no use without tls_cert"
+    if isinstance(source, UnixDatagram | Udp):
         yield from _between("receive_buffer", source.receive_buffer, 4 * KIB, GIB, size=True)
 
 
@@ -158,14 +169,33 @@ def of_whole(config: Config) -> Iterator[Wrong]:
 def _places(config: Config) -> Iterator[Wrong]:
     """Every path and address that is opened, and the setting that says it."""
     for source in config.sources:
-        if isinstance(source, Udp):
-            yield f"source[{source.name}].listen", f"UDP {source.listen}"
+        if isinstance(source, Udp | Tcp):
+            yield (
+                f"source[{source.name}].listen",
+                f"{str(source.__struct_config__.tag).upper()} {source.listen}",
+            )
         elif source.path:
             yield f"source[{source.name}].path", source.path
     if config.admin.socket:
         yield "admin.socket", config.admin.socket
     if config.buffer.path:
         yield "buffer.path", config.buffer.path
+
+
+def warnings(config: Config) -> Iterator[Wrong]:
+    """What is allowed, but a person should know."""
+    for source in config.sources:
+        if isinstance(source, Tcp) and not source.tls_cert and not _is_loopback(source.listen):
+            why = f"{source.listen} is reached from other hosts, and what they send can be read on the way"
+            yield f"source[{source.name}].listen", f"{why}: set tls_cert and tls_key, or use 127.0.0.1"
+
+
+def _is_loopback(listen: str) -> bool:
+    host = listen.rpartition(":")[0].removeprefix("[").removesuffix("]")
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def wrong_key(key: str) -> str:

@@ -136,7 +136,25 @@ class Udp(Common, frozen=True, kw_only=True, tag_field="kind", tag="udp"):
     receive_buffer: Size = 32 * MIB
 
 
-Source = UnixStream | UnixDatagram | Udp
+class Tcp(Common, frozen=True, kw_only=True, tag_field="kind", tag="tcp"):
+    """A listening TCP socket."""
+
+    # Its own port number, so that it may stand beside UDP; on loopback: nothing here is for others.
+    listen: str = "127.0.0.1:8125"
+    ack: bool = False
+    # Beyond it clients wait to be accepted.
+    max_connections: int = 1000
+    # A client that sends nothing for so long is left; longer than the pauses of programs that log by the
+    # hour.
+    idle_timeout: Duration = 7200.0
+    # With a certificate it speaks TLS, with an authority only with clients that show one of its certificates.
+    tls_cert: str = ""
+    tls_key: str = ""
+    tls_client_ca: str = ""
+
+
+Source = UnixStream | UnixDatagram | Udp | Tcp
+Stream = UnixStream | Tcp
 
 
 class Buffer(Settings, frozen=True, kw_only=True):

@@ -24,6 +24,7 @@ from agent.config import (
     Secret,
     Settings,
     Source,
+    Tcp,
     Udp,
     UnixDatagram,
     UnixStream,
@@ -31,7 +32,14 @@ from agent.config import (
 from agent.units import parse_duration, parse_size
 
 PREFIX = "CAPTURE_AGENT_"
-KINDS: Mapping[str, type[Source]] = {"unix_stream": UnixStream, "unix_datagram": UnixDatagram, "udp": Udp}
+KINDS: Mapping[str, type[Source]] = {
+    "unix_stream": UnixStream,
+    "unix_datagram": UnixDatagram,
+    "udp": Udp,
+    "tcp": Tcp,
+}
+# What there is where the file names no source.
+DEFAULT_KINDS = ("unix_stream", "unix_datagram", "udp")
 SECTIONS = ("project", "source", "buffer", "delivery", "admin", "log")
 # What has a source's name in the environment stands as `CAPTURE_AGENT_SOURCE__APP__PATH`.
 NAMED = ("project", "source")
@@ -87,7 +95,7 @@ class _Reading:
         ]
         sources = [
             self._source(table, where, name, [project.name for project in projects])
-            for table, where, name in self._listed(document.get("source", []), "source", tuple(KINDS))
+            for table, where, name in self._listed(document.get("source", []), "source", DEFAULT_KINDS)
         ]
         paths = self._around.paths
         buffer = self._table(document.get("buffer", {}), "buffer")
@@ -273,7 +281,7 @@ class _Reading:
             return None
         kind = KINDS[word]
         values: dict[str, Any] = {"name": word, "project": projects[0]}
-        if kind is not Udp:
+        if kind in (UnixStream, UnixDatagram):
             end = "sock" if kind is UnixStream else "dgram"
             values["path"] = f"{self._around.paths.runtime}/events.{end}"
         values |= {key: value for key, value in table.items() if key != "kind"}

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from agent import __version__
 from agent.accept.source import Source
 from agent.buffer import SHED_AT_THE_DOOR, Books, Buffer, Stats
-from agent.config import Config, Udp, UnixDatagram, UnixStream
+from agent.config import Config
 from agent.deliver.worker import Delivery
 from agent.units import format_time
 
@@ -83,7 +83,7 @@ def _source(source: Source, books: Books) -> Document:
     name = settings.name
     return {
         "name": name,
-        "kind": {UnixStream: "unix_stream", UnixDatagram: "unix_datagram", Udp: "udp"}[type(settings)],
+        "kind": settings.__struct_config__.tag,
         "address": source.address,
         "format": settings.format,
         "project": settings.project,

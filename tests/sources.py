@@ -73,6 +73,11 @@ def datagram(folder: Path, **settings: Any) -> config.UnixDatagram:
     return config.UnixDatagram(name="app", project="default", path=str(folder / "d"), **settings)
 
 
+def tcp(**settings: Any) -> config.Tcp:
+    """Settings of a TCP listener on any free port."""
+    return config.Tcp(name="app", project="default", **{"listen": "127.0.0.1:0", **settings})
+
+
 def udp(**settings: Any) -> config.Udp:
     """Settings of a UDP socket on any free port."""
     return config.Udp(name="app", project="default", listen="127.0.0.1:0", **settings)

@@ -57,6 +57,27 @@ def test_an_unknown_verb_is_a_usage_error_with_a_suggestion() -> None:
     assert "Did you mean check?" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("source", "warned"),
+    [
+        ('listen = "0.0.0.0:8125"', True),
+        ('listen = "[::]:8125"', True),
+        ('listen = "log.example:8125"', True),
+        ('listen = "127.0.0.2:8125"', False),
+        ('listen = "[::1]:8125"', False),
+        ('listen = "localhost:8125"', False),
+        ('listen = "0.0.0.0:8125"\ntls_cert = "/c"\ntls_key = "/k"', False),
+    ],
+)
+def test_check_warns_of_what_can_be_read_on_the_way(tmp_path: Path, source: str, warned: bool) -> None:
+    """A TCP source that other hosts reach without TLS is allowed, but told."""
+    file = tmp_path / "c.toml"
+    file.write_text(f'[project]\napi_key = "phc_x"\n[[source]]\nkind = "tcp"\n{source}\n')
+    done = run("check", "--config", str(file))
+    assert done.returncode == 0, done.stderr
+    assert ("warning: source[tcp].listen" in done.stderr) is warned
+
+
 def test_check_prints_what_is_in_force(tmp_path: Path) -> None:
     """A valid configuration is printed resolved, without its key."""
     file = configure(tmp_path, "http://127.0.0.1:1")

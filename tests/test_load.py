@@ -149,6 +149,14 @@ def test_what_is_printed_resolved_reads_back_as_the_same() -> None:
             '[delivery.headers]\nX-A = "a\\u000ab"\n',
             "delivery.headers.X-A: may only hold printable ASCII, with no space at its ends",
         ),
+        (
+            "[[source]]\nkind = 'tcp'\ntls_key = '/k'\n",
+            "source[tcp].tls_key: is of no use without tls_cert",
+        ),
+        (
+            "[[source]]\nkind = 'tcp'\nidle_timeout = '0'\n",
+            "source[tcp].idle_timeout: must be at least 1 s",
+        ),
         ("[delivery]\nclient_key = '/k'\n", "delivery.client_key: is of no use without client_cert"),
         (
             "[admin]\nlisten = '127.0.0.1:99999'\n",
@@ -162,11 +170,11 @@ def test_what_is_printed_resolved_reads_back_as_the_same() -> None:
         (
             "[[source]]\nkind = 'unixstream'\n",
             (
-                "source[unixstream].kind: 'unixstream' is not: one of unix_stream, unix_datagram, udp"
+                "source[unixstream].kind: 'unixstream' is not: one of unix_stream, unix_datagram, udp, tcp"
                 " (did you mean unix_stream?)"
             ),
         ),
-        ("[[source]]\npath = '/x'\n", "source[1].kind: missing: one of unix_stream, unix_datagram, udp"),
+        ("[[source]]\npath = '/x'\n", "source[1].kind: missing: one of unix_stream, unix_datagram, udp, tcp"),
         (
             "[[source]]\nkind = 'udp'\n[[source]]\nkind = 'udp'\nlisten = '127.0.0.1:1'\n",
             "source[udp].name: there are several sources of this name; each needs its own",

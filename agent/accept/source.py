@@ -1,20 +1,23 @@
 """One configured source, from its bound socket to its putter."""
 
 import socket
+import ssl
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from math import inf
 
 import structlog
 import trio
 
 from agent import __version__
 from agent.accept.datagram import DatagramSource
+from agent.accept.peer import server_context, stay_awake
 from agent.accept.putter import Putter
 from agent.accept.sockets import address_of, ask_buffer, bind_address, bind_unix, removed_at_the_end
 from agent.accept.stream import StreamSource
 from agent.buffer import Buffer
 from agent.clock import Clock
-from agent.config import Project, Udp, UnixDatagram, UnixStream
+from agent.config import Project, Stream, Tcp, Udp, UnixDatagram, UnixStream
 from agent.config import Source as Settings
 from agent.vouch import Door, Rules
 
@@ -38,7 +41,8 @@ class Source:
         self.address = address_of(sock)
         self.putter = Putter(settings.name, Door(_rules(settings, project)), buffer)
         self._reading: DatagramSource | StreamSource
-        if isinstance(settings, UnixStream):
+        if isinstance(settings, Stream):
+            tcp = settings if isinstance(settings, Tcp) else None
             self._reading = StreamSource(
                 sock,
                 self.putter,
@@ -46,6 +50,8 @@ class Source:
                 max_event=settings.max_event,
                 ack=settings.ack,
                 max_connections=settings.max_connections,
+                idle_timeout=tcp.idle_timeout if tcp else inf,
+                tls=_context_of(tcp) if tcp else None,
             )
         else:
             self._reading = DatagramSource(
@@ -85,6 +91,10 @@ def _rules(settings: Settings, project: Project) -> Rules:
     )
 
 
+def _context_of(settings: Tcp) -> ssl.SSLContext | None:
+    return server_context(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+
+
 @contextmanager
 def bound(settings: Settings) -> Iterator[tuple[socket.socket, int | None]]:
     """The source's socket for a block, and the receive buffer that the kernel granted (datagrams only)."""
@@ -97,6 +107,11 @@ def bound(settings: Settings) -> Iterator[tuple[socket.socket, int | None]]:
                 sock = bind_unix(path, socket.SOCK_DGRAM, settings.mode, settings.group)
                 stack.enter_context(removed_at_the_end(sock, path))
                 yield sock, ask_buffer(sock, settings.receive_buffer)
+            case Tcp(listen=listen):
+                _context_of(settings)  # what is wrong with it is told before anything is taken
+                sock = stack.enter_context(bind_address(listen, socket.SOCK_STREAM))
+                stay_awake(sock)
+                yield sock, None
             case Udp(listen=listen):
                 sock = stack.enter_context(bind_address(listen, socket.SOCK_DGRAM))
                 granted = ask_buffer(sock, settings.receive_buffer)

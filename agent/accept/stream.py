@@ -1,231 +1,20 @@
-"""Takes lines from stream connections, with acknowledgements for those who ask for them."""
+"""Accepts the clients of a stream socket, as many as there are places for."""
 
 import errno
 import socket
-from collections import deque
+import ssl
+from math import inf
 
-import msgspec
-import structlog
 import trio
 
+from agent.accept.connection import Connection, Partials
 from agent.accept.guard import guarded
-from agent.accept.putter import Offered, Outcome, Putter
+from agent.accept.peer import PlainPeer, TlsPeer
+from agent.accept.putter import Putter
 from agent.clock import Clock
-from agent.decode.ndjson import LineReader
-from agent.events import Cut, Read, sample
 
-log = structlog.get_logger("accept")
-
-# A Unix stream's kernel buffer holds 208 KiB by default: one read empties it.
-READ_BYTES = 256 * 1024
-# After a smaller read of a client that waits for no answer, the reader lets some gather.
-SMALL_BYTES, SMALL_PAUSE = 16 * 1024, 0.020
-# The unfinished lines of all connections of a source together (the handbook's joint).
-PARTIAL_BYTES = 16 * 1024 * 1024
-# Refusals that wait for a client that does not read; beyond it only the totals count them.
-REFUSAL_BYTES = 64 * 1024
-# A client that has ended its side has so long to read its last totals.
-FAREWELL_SECONDS = 30.0
 # Out of descriptors: wait for some to be closed.
 EXHAUSTED_SECONDS = 0.1
-
-ASKING = b"ack"
-
-
-class Acknowledgements:
-    """One connection's totals, and the refusals that it has not been told."""
-
-    def __init__(self) -> None:
-        self.lines = 0
-        self._accepted = 0
-        self._rejected = 0
-        self._refusals = bytearray()
-        self._told = (0, 0)
-        self._changed = trio.Event()
-        self._ended = False
-
-    def add(self, outcome: Outcome) -> None:
-        """A read was settled."""
-        for line, reason in outcome.refused:
-            if len(self._refusals) < REFUSAL_BYTES:
-                number = self.lines + line + 1
-                self._refusals += b'{"line":%d,"error":"%s"}\n' % (number, reason.encode())
-        self.lines += outcome.lines
-        self._rejected += len(outcome.refused)
-        self._accepted += outcome.lines - len(outcome.refused)
-        self._changed.set()
-
-    def end(self) -> None:
-        """Nothing more will be added."""
-        self._ended = True
-        self._changed.set()
-
-    async def next(self) -> bytes:
-        """What to write next, when there is something; empty at the end."""
-        while True:
-            totals = (self._accepted, self._rejected)
-            if totals != self._told:
-                text = bytes(self._refusals) + b'{"accepted":%d,"rejected":%d}\n' % totals
-                self._refusals.clear()
-                self._told = totals
-                return text
-            if self._ended:
-                return b""
-            self._changed = trio.Event()
-            await self._changed.wait()
-
-
-class Partials:
-    """The unfinished lines of a source's connections; beyond the bound the longest is refused."""
-
-    def __init__(self, most: int = PARTIAL_BYTES) -> None:
-        self._most = most
-        self._held = 0
-        self._of: dict[Connection, int] = {}
-
-    def note(self, connection: "Connection", size: int) -> None:
-        """A connection now holds so many bytes."""
-        self._held += size - self._of.get(connection, 0)
-        if size:
-            self._of[connection] = size
-        else:
-            self._of.pop(connection, None)
-        if self._held > self._most:
-            max(self._of, key=self._of.__getitem__).refuse_partial()
-
-
-class Connection:
-    """One client: its bytes become lines, its lines reads, and what became of them acknowledgements."""
-
-    def __init__(self, source: "StreamSource", sock: trio.socket.SocketType) -> None:
-        self._source = source
-        self._sock = sock
-        self._reader = LineReader(source.max_event)
-        self._acks: Acknowledgements | None = Acknowledgements() if source.ack else None
-        self._offered: deque[Offered] = deque()
-        self._more = trio.Event()
-        self._asked = trio.Event()  # for acknowledgements, or the connection ended without
-        self._first = True
-        self._ended = False
-
-    async def run(self) -> None:
-        """Serve it to its end."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._write_acknowledgements)
-            nursery.start_soon(self._fold, nursery.cancel_scope)
-            try:
-                await self._read()
-            finally:
-                self._source.partials.note(self, 0)
-                self._ended = True
-                self._more.set()
-                self._asked.set()
-
-    def stop(self) -> None:
-        """Read what the client has sent to its end; it can send no more."""
-        try:
-            self._sock.shutdown(socket.SHUT_RD)
-        except OSError as error:
-            if error.errno != errno.ENOTCONN:  # the client has gone already
-                raise
-
-    async def _read(self) -> None:
-        """Bytes to lines until the client ends, resets, or is stopped."""
-        putter = self._source.putter
-        while True:
-            await trio.lowlevel.wait_readable(self._sock)
-            await putter.room()
-            try:
-                data = await self._sock.recv(READ_BYTES)
-            except OSError:
-                self._finish(clean=False)
-                return
-            if not data:
-                self._finish(clean=not self._source.stopping)
-                return
-            self._feed(data)
-            few = len(data) < SMALL_BYTES
-            del data  # or every idle client would keep its last read
-            if self._acks is None and few:
-                await trio.sleep(SMALL_PAUSE)
-
-    def _feed(self, data: bytes) -> None:
-        lines = self._reader.feed(data)
-        if self._first and lines:
-            lines = self._greet(lines)
-        refused = self._reader.take_refused()
-        self._offer(lines, None if refused is None else Cut("too_large", sample(refused)))
-        self._source.partials.note(self, self._reader.pending)
-
-    def _greet(self, lines: bytes) -> bytes:
-        """A client may ask for acknowledgements in its first line."""
-        lines = lines.lstrip(b"\r\n")
-        if not lines:
-            return lines
-        self._first = False
-        first, _, others = lines.partition(b"\n")
-        if ASKING not in first or not _asks(first):
-            return lines
-        if self._acks is None:
-            self._acks = Acknowledgements()
-        self._asked.set()
-        return others
-
-    def refuse_partial(self) -> None:
-        """The source holds too many unfinished lines and this is the longest."""
-        self._reader.refuse()
-        refused = self._reader.take_refused()
-        self._offer(b"", Cut("too_large", sample(refused or b"")))
-        self._source.partials.note(self, 0)
-
-    def _finish(self, *, clean: bool) -> None:
-        """The last line: whole if the client closed, cut if it was reset or stopped."""
-        last = self._reader.finish()
-        if not last.strip():
-            return
-        if clean:
-            lines = last + b"\n"
-            self._offer(self._greet(lines) if self._first else lines, None)
-        else:
-            self._offer(b"", Cut("truncated", sample(last)))
-
-    def _offer(self, lines: bytes, cut: Cut | None) -> None:
-        if not lines and cut is None:
-            return
-        read = Read(lines, self._source.clock.now(), cut)
-        offered = self._source.putter.offer(read, urgent=self._acks is not None)
-        if self._acks is not None:
-            self._offered.append(offered)
-            self._more.set()
-
-    async def _fold(self, connection: trio.CancelScope) -> None:
-        """Add up what became of the reads, whether or not the client listens."""
-        while True:
-            while self._offered:
-                offered = self._offered.popleft()
-                await offered.settled.wait()
-                if self._acks is not None:
-                    self._acks.add(offered.outcome)
-            if self._ended:
-                if self._acks is not None:
-                    self._acks.end()
-                connection.deadline = trio.current_time() + FAREWELL_SECONDS
-                return
-            self._more = trio.Event()
-            await self._more.wait()
-
-    async def _write_acknowledgements(self) -> None:
-        """The newest totals, as fast as the client takes them."""
-        if self._acks is None:
-            await self._asked.wait()
-        if self._acks is None:
-            return
-        stream = trio.SocketStream(self._sock)
-        while text := await self._acks.next():
-            try:
-                await stream.send_all(text)
-            except trio.BrokenResourceError:
-                return
 
 
 class StreamSource:
@@ -240,12 +29,16 @@ class StreamSource:
         max_event: int,
         ack: bool,
         max_connections: int,
+        idle_timeout: float = inf,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self._listener = trio.socket.from_stdlib_socket(listener)
         self.putter = putter
         self.clock = clock
         self.max_event = max_event
         self.ack = ack
+        self.idle_timeout = idle_timeout
+        self._tls = tls
         self.partials = Partials()
         self.stopping = False
         self.connections: set[Connection] = set()
@@ -279,7 +72,8 @@ class StreamSource:
                 nursery.start_soon(self._serve, sock)
 
     async def _serve(self, sock: trio.socket.SocketType) -> None:
-        connection = Connection(self, sock)
+        peer = PlainPeer(sock) if self._tls is None else TlsPeer(sock, self._tls)
+        connection = Connection(self, peer)
         self.connections.add(connection)
         try:
             with sock:
@@ -287,11 +81,3 @@ class StreamSource:
         finally:
             self.connections.discard(connection)
             self._places.release()
-
-
-def _asks(line: bytes) -> bool:
-    """Whether a first line asks for acknowledgements."""
-    try:
-        return bool(msgspec.json.decode(line, type=dict[str, bool]) == {"ack": True})
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return False

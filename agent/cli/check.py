@@ -20,11 +20,14 @@ def command(config_file: str | None, as_json: bool) -> None:
 
     Every mistake is told at once, each with its place; the exit code is then 2.
     """
+    from agent.checks import warnings
     from agent.ways_out import try_ways_out
 
     config = load_config(config_file)
     with plainly():
         try_ways_out(config)
+    for place, what in warnings(config):
+        click.echo(f"warning: {place}: {what}", err=True)
     if as_json:
         import msgspec
 

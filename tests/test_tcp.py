@@ -1,0 +1,160 @@
+"""TCP: lines and acknowledgements as on Unix streams, in the clear or in TLS, and clients that stay away."""
+
+import socket
+import ssl
+import struct
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+import trio
+from certificates import Papers, make_papers
+from sources import line, taking, tcp
+
+from agent.accept.peer import CertificateError
+from agent.accept.source import bound
+
+ASK = b'{"ack":true}\n'
+
+
+@pytest.fixture(scope="module")
+def papers(tmp_path_factory: pytest.TempPathFactory) -> Papers:
+    """A self-signed certificate for 127.0.0.1 that is its own authority."""
+    return make_papers(tmp_path_factory.mktemp("tls"))
+
+
+@asynccontextmanager
+async def client(address: str) -> AsyncIterator[trio.SocketStream]:
+    host, _, port = address.rpartition(":")
+    async with await trio.open_tcp_stream(host.strip("[]"), int(port)) as connected:
+        yield connected
+
+
+def trusting(papers: Papers, *, shown: bool = False) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=papers.ca)
+    if shown:
+        context.load_cert_chain(papers.cert, papers.key)
+    return context
+
+
+async def told(stream: trio.abc.ReceiveStream) -> list[dict[str, object]]:
+    text = b""
+    try:
+        while some := await stream.receive_some(65536):
+            text += some
+    except trio.BrokenResourceError:
+        pass  # TLS ended without a farewell, as the agent just closes
+    return [msgspec.json.decode(one) for one in text.splitlines()]
+
+
+@pytest.mark.parametrize("listen", ["127.0.0.1:0", "[::1]:0"])
+async def test_lines_are_acknowledged(listen: str) -> None:
+    """Each line is on disk or refused by name."""
+    try:
+        taking_tcp = taking(tcp(listen=listen))
+        async with taking_tcp as taken, client(taken.source.address) as sender:
+            await sender.send_all(ASK + line(1) + b"nonsense\n" + line(2))
+            await sender.send_eof()
+            assert await told(sender) == [
+                {"line": 2, "error": "malformed_json"},
+                {"accepted": 2, "rejected": 1},
+            ]
+            assert [event["properties"]["n"] for event in await taken.events(2)] == [1, 2]
+    except* OSError:
+        pytest.skip("there is no IPv6 here")
+
+
+async def test_a_client_that_was_cut_off() -> None:
+    """Whole lines are taken, half a line of a reset connection is rejected as truncated."""
+    async with taking(tcp()) as taken:
+        async with client(taken.source.address) as sender:
+            await sender.send_all(line(1) + b'{"event":"ha')
+            await taken.settled(1)
+            sender.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        await taken.settled(2)
+        assert taken.total("rejected", "truncated") == 1
+
+
+async def test_a_silent_client_is_left() -> None:
+    """After `idle_timeout` its place is free for another; what it sent is taken."""
+    async with taking(tcp(idle_timeout=0.2, max_connections=1)) as taken:
+        async with client(taken.source.address) as silent, client(taken.source.address) as other:
+            await silent.send_all(line(1))
+            await other.send_all(line(2))
+            await taken.settled(2)
+            assert await silent.receive_some(10) == b""
+
+
+async def test_dead_clients_are_found_by_the_kernel() -> None:
+    """An accepted connection asks its peer from time to time whether it is there."""
+    async with taking(tcp()) as taken, client(taken.source.address) as sender:
+        await sender.send_all(line(1))
+        await taken.settled(1)
+        with bound(tcp()) as (listener, _):
+            assert listener.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            with socket.create_connection(listener.getsockname()):
+                listener.setblocking(True)
+                accepted, _ = listener.accept()
+                with accepted:
+                    assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+                    assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60
+
+
+async def test_tls(papers: Papers) -> None:
+    """Lines and acknowledgements, encrypted; the end of a line of a client that says farewell is its end."""
+    settings = tcp(tls_cert=papers.cert, tls_key=papers.key)
+    async with taking(settings) as taken:
+        async with client(taken.source.address) as plain:
+            tls = trio.SSLStream(plain, trusting(papers), server_hostname="127.0.0.1")
+            await tls.send_all(ASK + line(1) * 5000 + line(2))
+            while True:
+                text = await tls.receive_some(65536)
+                if b'"accepted":5001' in text:
+                    break
+        assert taken.total("accepted") == 5001
+
+
+async def test_a_client_that_does_not_speak_tls_harms_nobody(papers: Papers) -> None:
+    """It is left; the others go on, and nothing of it is counted as an event."""
+    settings = tcp(tls_cert=papers.cert, tls_key=papers.key)
+    async with taking(settings) as taken:
+        async with client(taken.source.address) as stranger:
+            await stranger.send_all(line(1))
+            assert b"accepted" not in b"".join([some async for some in stranger])
+        async with client(taken.source.address) as plain:
+            tls = trio.SSLStream(plain, trusting(papers), server_hostname="127.0.0.1")
+            await tls.send_all(line(2) + b'{"event":')
+            await taken.settled(1)
+        await taken.settled(2)
+        assert (taken.total("accepted"), taken.total("rejected", "truncated")) == (1, 1)
+
+
+async def test_clients_may_have_to_show_a_certificate(papers: Papers) -> None:
+    """Without one of the authority's nothing is taken."""
+    settings = tcp(tls_cert=papers.cert, tls_key=papers.key, tls_client_ca=papers.ca)
+    async with taking(settings) as taken:
+        async with client(taken.source.address) as plain:
+            stranger = trio.SSLStream(plain, trusting(papers), server_hostname="127.0.0.1")
+            with pytest.raises(trio.BrokenResourceError):
+                while True:
+                    await stranger.send_all(line(1))
+                    await stranger.receive_some(100)
+        async with client(taken.source.address) as plain:
+            known = trio.SSLStream(plain, trusting(papers, shown=True), server_hostname="127.0.0.1")
+            await known.send_all(ASK + line(2))
+            assert b'"accepted":1' in await known.receive_some(1000)
+        assert taken.total("received") == 1
+
+
+def test_certificates_that_cannot_be_used_are_told(papers: Papers, tmp_path: Path) -> None:
+    """Before the agent is ready, with a hint."""
+    for settings in (
+        tcp(tls_cert=str(tmp_path / "missing.pem")),
+        tcp(tls_cert=papers.cert, tls_key=papers.locked),
+        tcp(tls_cert=papers.cert, tls_key=papers.key, tls_client_ca=papers.key),
+    ):
+        with pytest.raises(CertificateError) as caught, bound(settings):
+            pass
+        assert "PEM" in caught.value.hint
