@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.deliver.pace import HELD, PROBE_SECONDS, Held, Hold, Pace, Pass
+from agent.deliver.pace import HELD, OUTAGE, PROBE_SECONDS, Held, Hold, Pace, Pass
 from agent.deliver.verdict import Accepted, Refusal, Refused, Rejected, Retry, Split, Verdict
 
 
@@ -77,7 +77,7 @@ def test_the_nth_wait_is_drawn_between_its_bounds(failures: int) -> None:
             wait = pace.record(admitted(pace, now), BUSY, now, uniform)
         assert wait == pytest.approx(bound)
         assert pace.hold is None
-        if failures > 1:
+        if failures >= OUTAGE:
             assert pace.ready_at - now == pytest.approx(bound)
 
 
@@ -111,7 +111,7 @@ def test_eight_failures_in_one_second_are_one_step() -> None:
 
 
 def test_a_lone_failure_stops_only_its_batch() -> None:
-    """Among acceptances it halves the window; a second one without any between is an outage."""
+    """Among acceptances it halves the window; several without any between are an outage."""
     pace = warm()
     first, second, third, *others = admitted_all(pace, 0.0)
     assert pace.record(first, BUSY, 0.0, highest) == 2.0
@@ -122,9 +122,10 @@ def test_a_lone_failure_stops_only_its_batch() -> None:
     assert (pace.concurrency, pace.waiting) == (4, False)
     for leave in others:
         pace.record(leave, None, 0.3, highest)
-    pace.record(admitted(pace, 0.3), BUSY, 0.3, highest)
-    pace.record(admitted(pace, 0.3), BUSY, 0.3, highest)
-    assert (pace.concurrency, pace.waiting, pace.ready_at) == (1, True, 4.3)
+    for _ in range(OUTAGE):
+        assert not pace.waiting
+        pace.record(admitted(pace, 0.3), BUSY, 0.3, highest)
+    assert (pace.concurrency, pace.waiting, pace.ready_at) == (1, True, 0.3 + 2**OUTAGE)
 
 
 def test_after_an_outage_the_rate_recovers_slowly() -> None:
@@ -145,7 +146,7 @@ def test_after_an_outage_the_rate_recovers_slowly() -> None:
             continue
         if len(times) > 5000:
             break
-    spread = begun - 1.0 - 30.0  # the first failure was a lone one, and the waits are up to half a minute
+    spread = begun - (OUTAGE - 1) - 30.0  # the first failures were no outage; waits are up to 30 s
     assert 30 < spread < 60
     for second in range(int(spread)):
         assert len([at for at in times if second <= at < second + 1]) <= 3
@@ -155,8 +156,8 @@ def test_after_an_outage_the_rate_recovers_slowly() -> None:
 def test_a_short_outage_is_soon_forgotten() -> None:
     """Up to half a minute the waits themselves have spread who comes back."""
     pace = warm(linger=0.5)
-    for now in (0.0, 1.0):
-        pace.record(admitted(pace, now), BUSY, now, lowest)
+    for _ in range(OUTAGE):
+        pace.record(admitted(pace, 0.0), BUSY, 0.0, lowest)
     pace.record(admitted(pace, 30.0), Accepted(), 30.0, lowest)
     for _ in range(5):
         pace.record(admitted(pace, 30.0), Accepted(), 30.0, lowest)
@@ -184,12 +185,12 @@ def test_an_echo_is_heard_where_it_asks_for_time() -> None:
 def test_after_a_wait_one_probe_and_then_all() -> None:
     """While it is not known whether PostHog is back, one request asks and the others wait for it."""
     pace = warm()
-    for _ in range(2):
+    for _ in range(OUTAGE):
         pace.record(admitted(pace, 0.0), BUSY, 0.0, lowest)
     probe = admitted(pace, 1.0)
     assert (probe.probe, pace.concurrency, pace.admit(1.0)) == (True, 1, inf)
     pace.record(probe, Accepted(), 1.1, lowest)
-    assert len(admitted_all(pace, 1.1)) == pace.concurrency == 2
+    assert len(admitted_all(pace, 1.1)) == pace.concurrency == 1
 
 
 def test_stragglers_do_not_hold_up_the_probe() -> None:
@@ -207,7 +208,7 @@ def test_stragglers_do_not_hold_up_the_probe() -> None:
 def test_a_probe_given_up_makes_way_for_the_next() -> None:
     """A worker that was cancelled, or whose batch could not be built, blocks nobody."""
     pace = Pace(Settings())
-    for _ in range(2):
+    for _ in range(OUTAGE):
         pace.record(admitted(pace, 0.0), BUSY, 0.0, lowest)
     pace.record(admitted(pace, 1.0), None, 1.0, lowest)
     assert admitted(pace, 1.0).probe
@@ -238,8 +239,9 @@ def test_concurrency_grows_only_where_it_is_wanted() -> None:
 def test_concurrency_halves_and_then_grows_slowly() -> None:
     """After 429, 5xx or a timeout half of it is left, and each further round adds one."""
     pace = warm()
-    for now in (0.0, 1.0, 2.0):
+    for now in (0.0, 1.0):
         pace.record(admitted(pace, now), BUSY, now, lowest)
+    assert pace.concurrency == 2
     pace.record(admitted(pace, 3.0), Accepted(), 3.0, lowest)
     widths = []
     out = admitted_all(pace, 3.0)
@@ -247,7 +249,7 @@ def test_concurrency_halves_and_then_grows_slowly() -> None:
         pace.record(out.pop(), Accepted(), 3.0, lowest)
         out += admitted_all(pace, 3.0)
         widths.append(len(out))
-    assert widths == [2, 2, 2, 3, 3, 3, 4, 4, 4, 4]
+    assert widths == [2, 2, 3, 3, 3, 4, 4, 4, 4, 4]
 
 
 @pytest.mark.parametrize("reason", ["key", "billing", "host"])

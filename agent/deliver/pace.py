@@ -33,6 +33,11 @@ COOLDOWN_SPREAD = 1.25
 RAMP_SECONDS = 60.0
 RAMP_DOUBLINGS = 12
 
+# So many failures without an acceptance between are an outage; fewer happen where PostHog fails now and then.
+# Of a server that fails a third of all requests, one in 80 is the fourth in a row; in a true outage each
+# agent asks three times more, a second or so apart.
+OUTAGE = 4
+
 # 2 to this power is beyond any `backoff_max` (a wait of 30 million years), and a float still holds it.
 MOST_DOUBLINGS = 50
 
@@ -82,8 +87,8 @@ class Pace:
 
     - *Flowing*: as many requests at once as the window allows. It grows by one when it was accepted once
       over (at every acceptance up to half of what was once too much), and only while somebody waits for room.
-      A lone `Retry` among acceptances halves it, and only the batch that met it waits.
-    - *Waiting*: after a second `Retry` without an acceptance between, or one that says when to come back.
+      A `Retry` among acceptances halves it, and only the batch that met it waits.
+    - *Waiting*: after `OUTAGE` of them without an acceptance between, or one that says when to come back.
       When the wait is over one request goes out as a probe; what it brings decides for all.
     - *Held*: like waiting, but a person or PostHog has to change something. Only an acceptance ends it.
 
@@ -258,7 +263,7 @@ class Pace:
         elif 0 < self._manners.max_attempts <= self.failures:
             self._hold("breaker", reason, now, now + max(wait, self._silence("breaker", uniform)))
         else:
-            if after or self.failures > 1:
+            if after or self.failures >= OUTAGE:
                 self._be_troubled(now)
                 self._waiting = True
                 self._ready_at = now + wait
