@@ -109,17 +109,22 @@ def _project(delivery: Delivery, books: Books, monotonic: float, *, private: boo
             "reason": hold.reason,
             "why": hold.why if private or hold.reason != "rejected" else "",
             "since_seconds": round(monotonic - hold.since, 3),
-            "next_probe_seconds": max(0.0, round(hold.probe_at - monotonic, 3)),
+            "next_probe_seconds": _until(hold.probe_at, monotonic),
         },
         "protocol": delivery.courier.protocol,
         "clock_ahead_seconds": ahead and round(ahead / 1_000_000, 1),
         "concurrency": delivery.pace.concurrency,
         "failures": delivery.pace.failures,
+        "next_try_seconds": _until(delivery.pace.ready_at, monotonic) if delivery.pace.waiting else None,
         "delivered": _total(books, "delivered", name),
         "dead": _by_reason(books, "dead", name),
         "requests": {str(status): count for status, count in sorted(delivery.courier.statuses.items())},
         "last_error": {"text": trouble.text, "at": format_time(trouble.at)} if trouble and private else None,
     }
+
+
+def _until(moment: float, now: float) -> float:
+    return max(0.0, round(moment - now, 3))
 
 
 def _unconfigured(config: Config, stats: Stats, books: Books) -> list[Document]:
@@ -135,6 +140,7 @@ def _unconfigured(config: Config, stats: Stats, books: Books) -> list[Document]:
             "clock_ahead_seconds": None,
             "concurrency": 0,
             "failures": 0,
+            "next_try_seconds": None,
             "delivered": _total(books, "delivered", name),
             "dead": _by_reason(books, "dead", name),
             "requests": {},

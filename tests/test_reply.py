@@ -52,6 +52,8 @@ ROWS: dict[str, tuple[int, dict[str, str], bytes, Verdict]] = {
     "502 of a load balancer": (502, HTML, PAGE, Retry(None, "")),
     "503": (503, {"retry-after": "1"}, b"transient, retry", Retry(1.0, "")),
     "504": (504, {}, b"", Retry(None, "")),
+    "511 of a captive portal": (511, {}, b"log in first", Refused("host", "")),
+    "511 with a page": (511, HTML, PAGE, Refused("host", "")),
     "599": (599, {}, b"", Retry(None, "")),
     "199": (199, {}, b"", Refused("host", "")),
     "600": (600, {}, b"", Refused("host", "")),

@@ -117,6 +117,8 @@ def _project(project: Document, escape: Any) -> Iterator[str]:
         seconds = held["next_probe_seconds"]
         probe = f"; next try in {_age(seconds)}" if seconds is not None else ""
         yield f"  [red]held ({held['reason']}){since}[/]: {escape(held['why'])}{probe}"
+    if (seconds := project["next_try_seconds"]) is not None:
+        yield f"  [yellow]waits after {project['failures']} failures[/]; next try in {_age(seconds)}"
     if error := project["last_error"]:
         yield f"  [dim]last error {error['at']}[/] {escape(error['text'])}"
 

@@ -51,6 +51,8 @@ def read_reply(status: int, headers: Mapping[str, str], body_start: bytes, now: 
             return Refused("key", reason)
         case 402:
             return Refused("billing", reason)
+        case 511:  # Network Authentication Required (RFC 6585): what a captive portal says that owns up to it
+            return Refused("host", f"HTTP {status}: a network that wants a person to log in, not PostHog")
     if status in (408, 429) or 500 <= status <= 599:
         return Retry(retry_after(headers, now), reason, cut=status == 408)
     if 200 <= status <= 299 and not html:

@@ -10,7 +10,7 @@ import httpx
 import pytest
 import trio
 from certificates import Papers, make_papers, server_tls
-from processes import configure, running
+from processes import configure, run, running
 from sources import line
 
 from agent.sink import Fault, Reply, Request, Sink, serving
@@ -187,6 +187,24 @@ async def test_an_idle_agent_asks_for_nothing(tmp_path: Path) -> None:
             await agent.until(delivered=1)
             await trio.sleep(1)
             assert sink.requests == 1
+
+
+async def test_status_says_when_it_tries_again(tmp_path: Path) -> None:
+    """Who looks during a long `Retry-After` sees that the agent waits, why, and until when."""
+    sink = Sink(script=lambda _request: Reply(503, b"busy", {"retry-after": "100"}))
+    async with serving(sink) as url:
+        config = configure(tmp_path, url)
+        async with running(config) as agent:
+            await send(agent.stream, line(1))
+            with trio.fail_after(10):
+                while (await agent.status())["projects"][0]["next_try_seconds"] is None:
+                    await trio.sleep(0.02)
+            (project,) = (await agent.status())["projects"]
+            assert 90 < project["next_try_seconds"] <= 101
+            assert project["held"] is None
+            screen = await trio.to_thread.run_sync(lambda: run("status", "--config", str(config)))
+    assert "next try in 1 min" in screen.stdout
+    assert "HTTP 503: busy" in screen.stdout
 
 
 async def test_the_pages_tell_the_clock(tmp_path: Path) -> None:
