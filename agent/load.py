@@ -6,8 +6,7 @@ mistake's line ever holds a secret.
 
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -29,7 +28,7 @@ from agent.config import (
     UnixDatagram,
     UnixStream,
 )
-from agent.units import parse_duration, parse_size
+from agent.values import converted, suggestion, written_as_text
 
 PREFIX = "CAPTURE_AGENT_"
 KINDS: Mapping[str, type[Source]] = {
@@ -111,7 +110,7 @@ class _Reading:
             self._wrong(where, wrong)
         for name in self._overrides:
             if name not in self._variables:
-                hint = _suggestion(name, self._variables)
+                hint = suggestion(name, self._variables)
                 self._mistakes.append(f"environment: {name}: no such setting{hint}")
         if self._mistakes:
             mistakes = "\n".join(dict.fromkeys(self._mistakes))
@@ -124,7 +123,7 @@ class _Reading:
     def _refuse_unknown(self, table: Table, known: Sequence[str], where: str) -> None:
         for name in table:
             if name not in known:
-                self._wrong(f"{where}{name}", f"unknown key{_suggestion(name, known)}")
+                self._wrong(f"{where}{name}", f"unknown key{suggestion(name, known)}")
 
     # --- the environment ---------------------------------------------------------------------------
 
@@ -144,7 +143,7 @@ class _Reading:
             name = _variable(section, field.name)
             if (text := self._override(name)) is None:
                 continue
-            if _written_as_text(field.type):
+            if written_as_text(field.type):
                 merged[field.name] = text
                 continue
             try:
@@ -189,7 +188,7 @@ class _Reading:
             if name not in fields:
                 continue
             try:
-                values[name] = _converted(value, fields[name].type)
+                values[name] = converted(value, fields[name].type)
             except ValueError as error:
                 wrong[name] = str(error)
                 if fields[name].required:
@@ -277,7 +276,7 @@ class _Reading:
         if not isinstance(word, str) or word not in KINDS:
             known = ", ".join(KINDS)
             said = "missing" if word is None else f"{word!r} is not"
-            self._wrong(f"{where}.kind", f"{said}: one of {known}{_suggestion(str(word), tuple(KINDS))}")
+            self._wrong(f"{where}.kind", f"{said}: one of {known}{suggestion(str(word), tuple(KINDS))}")
             return None
         kind = KINDS[word]
         values: dict[str, Any] = {"name": word, "project": projects[0]}
@@ -287,7 +286,7 @@ class _Reading:
         values |= {key: value for key, value in table.items() if key != "kind"}
         source = self._struct(kind, values, where, f"source__{name}")
         if source.project not in projects:
-            close = _suggestion(source.project, projects)
+            close = suggestion(source.project, projects)
             self._wrong(f"{where}.project", f"there is no project {source.project!r}{close}")
         default = source.distinct_id.replace("{hostname}", self._around.hostname)
         return msgspec.structs.replace(source, distinct_id=default)
@@ -296,54 +295,3 @@ class _Reading:
 def _variable(section: str, name: str) -> str:
     """The environment's name for a setting."""
     return f"{PREFIX}{section}__{name}".upper().replace("-", "_").replace(".", "_")
-
-
-def _secret(kind: type, value: object) -> object:
-    """A secret of what should be a text, any other value as it is."""
-    if kind is not Secret:
-        return value
-    if not isinstance(value, str):
-        raise TypeError(f"Expected str, got {type(value).__name__}")
-    return Secret(value)
-
-
-def _suggestion(name: str, known: Sequence[str]) -> str:
-    """The known name that was probably meant."""
-    close = get_close_matches(name, known, 1)
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
-def unit_of(kind: object) -> str:
-    """`size` or `duration` for a type that is written with a unit."""
-    if get_origin(kind) is not Annotated:
-        return ""
-    return next((meta.extra["unit"] for meta in get_args(kind)[1:] if meta.extra), "")
-
-
-def _written_as_text(kind: object) -> bool:
-    """Whether a value of this type is a text in the file."""
-    return bool(unit_of(kind)) or kind in (str, Secret) or bool(_choices(kind))
-
-
-def _choices(kind: object) -> tuple[str, ...]:
-    """The texts that a setting may have, where only some are possible."""
-    return get_args(kind) if get_origin(kind) is Literal else ()
-
-
-def _converted(value: object, kind: Any) -> object:
-    """The value as its setting's type. ValueError says what is wrong with it.
-
-    `Any`: what msgspec says is a field's type may be any annotation.
-    """
-    if unit := unit_of(kind):
-        if not isinstance(value, str):
-            example = '"5 MiB"' if unit == "size" else '"250 ms"'
-            raise ValueError(f"must be a text with a unit, such as {example}")
-        return parse_size(value) if unit == "size" else parse_duration(value)
-    try:
-        return msgspec.convert(value, kind, dec_hook=_secret)
-    except msgspec.ValidationError as error:
-        if isinstance(value, str) and (choices := _choices(kind)):
-            close = _suggestion(value, choices)
-            raise ValueError(f"{value!r} is not one of {', '.join(choices)}{close}") from error
-        raise ValueError(str(error).replace("`", "")) from error

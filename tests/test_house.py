@@ -76,6 +76,7 @@ GROUND = {
     "agent.metrics",
     "agent.pack",
     "agent.units",
+    "agent.values",
 }
 PURE = {
     "agent.checks",
@@ -84,6 +85,7 @@ PURE = {
     "agent.load",
     "agent.pack",
     "agent.units",
+    "agent.values",
     "agent.sink.judge",
     "agent.sink.payload",
     "agent.sink.times",

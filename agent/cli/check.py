@@ -61,8 +61,8 @@ def resolved(config: "Config") -> Iterator[str]:
 def _settings(settings: "Settings", without: tuple[str, ...] = ()) -> Iterator[str]:
     import msgspec
 
-    from agent.load import unit_of
     from agent.units import format_duration, format_size
+    from agent.values import unit_of
 
     for field in msgspec.structs.fields(settings):
         if field.name in without:
