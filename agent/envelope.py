@@ -162,11 +162,16 @@ def too_deep(line: bytes) -> bool:
 
 
 def complete(
-    envelope: Envelope, defaults: Mapping[str, Raw], distinct_id: str, stamp: Stamp, flaws: Flaws
-) -> Reason | bytes:
+    envelope: Envelope,
+    defaults: Mapping[str, Raw],
+    forced: Mapping[str, Raw],
+    distinct_id: str,
+    stamp: Stamp,
+    flaws: Flaws,
+) -> Reason | dict[str, Raw]:
     """Make a decoded event whole, in place, or tell which rule it breaks.
 
-    Gives the text that belongs behind its properties: no field of the envelope, as no client may write it.
+    Gives the options that v1 reads beside its properties.
     """
     reason = _complete_id(envelope, distinct_id) or _complete_uuid(envelope, stamp)
     if reason is not None:
@@ -178,8 +183,6 @@ def complete(
     except DECODE_ERRORS:
         return "bad_properties"
     envelope.set = envelope.set_once = envelope.groups = UNSET
-    if (options := _options(properties)) is None:
-        return "bad_properties"
     when = utc(envelope.timestamp)
     if when is None:
         if envelope.timestamp is not None:
@@ -189,8 +192,11 @@ def complete(
     envelope.timestamp = when
     for name, value in defaults.items():
         properties.setdefault(name, value)
+    properties.update(forced)
+    if (options := options_of(properties)) is None:
+        return "bad_properties"
     envelope.properties = Raw(_encode(properties))
-    return b',"options":' + _encode(options) if options else b""
+    return options
 
 
 def _complete_id(envelope: Envelope, default: str) -> Reason | None:
@@ -212,13 +218,18 @@ _CANONICAL = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 _ODD = re.compile(r"[0-9a-fA-F]{32}|\{[0-9a-fA-F-]{36}\}|urn:uuid:[0-9a-fA-F-]{36}")
 
 
+def is_canonical(ident: str) -> bool:
+    """Whether a uuid is written in the usual form, and passed on as it is."""
+    return _CANONICAL.fullmatch(ident) is not None
+
+
 def _complete_uuid(envelope: Envelope, stamp: Stamp) -> Reason | None:
     """The event's own uuid where it has one that parses; an empty one is none, as PostHog has it."""
     given = envelope.uuid
     if not given:
         envelope.uuid = stamp.uuid
         return None
-    if _CANONICAL.fullmatch(given):
+    if is_canonical(given):
         return None
     if _ODD.fullmatch(given):
         try:
@@ -265,7 +276,7 @@ def _fold(properties: dict[str, Raw], name: str, raw: Raw | UnsetType) -> None:
         properties[name] = Raw(_encode({**root, **_object(mine)}))
 
 
-def _options(properties: Mapping[str, Raw]) -> dict[str, Raw] | None:
+def options_of(properties: Mapping[str, Raw]) -> dict[str, Raw] | None:
     """The options that v1 reads beside an event; None where PostHog would refuse the request for one.
 
     Only `$cookieless_mode` can do that (v0: 400). Another option of a wrong type is left where it is.
@@ -289,11 +300,21 @@ _MILLISECONDS_FROM = 1e11
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
+# The forms in which SDKs write UTC: how long they are, and how the microseconds begin and the text ends.
+_MICROSECONDS = {27: "Z", 32: "+00:00"}
+_MILLISECONDS = {24: "Z", 29: "+00:00"}
+
+
 def utc(value: str | float | None) -> str | None:
     """A timestamp as UTC text ending in Z; None where it cannot be read or is outside 1970 to 9999."""
     try:
         if isinstance(value, str):
             moment = datetime.fromisoformat(value.strip())
+            if moment.tzinfo is UTC and value[19:20] == "." and value[10] == "T" and moment >= _EPOCH:
+                if value.endswith(_MICROSECONDS.get(len(value), "?")):
+                    return value[:26] + "Z"
+                if value.endswith(_MILLISECONDS.get(len(value), "?")):
+                    return value[:23] + "000Z"
             moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
         elif value is None:
             return None

@@ -16,6 +16,8 @@ Reason = Literal[
     "bad_utf8",
     "too_deep",
     "truncated",
+    "forbidden",
+    "rate_limited",
 ]
 
 REASONS: tuple[Reason, ...] = Reason.__args__  # type: ignore[attr-defined]  # typing keeps the values there
@@ -43,15 +45,39 @@ class Cut(NamedTuple):
     sample: str
 
 
+class Origin(NamedTuple):
+    """Who sent a read, and what follows from it for its events.
+
+    `defaults` are properties for events that have none of that name, `forced` replace what they have.
+    `project` and `key` are set where the events are not for the source's own. `uid` is the kernel's word.
+    """
+
+    defaults: Mapping[str, msgspec.Raw] = {}
+    forced: Mapping[str, msgspec.Raw] = {}
+    project: str | None = None
+    key: str | None = None
+    uid: int | None = None
+
+
+class Denied(NamedTuple):
+    """Lines that were refused unread, all for one reason: how many, and who sent them."""
+
+    reason: Reason
+    lines: int
+    sample: str
+
+
 class Read(NamedTuple):
     """Whole lines, each ended by a newline, that came from one client at one moment.
 
-    `cut` is a line after these that will never be whole.
+    After these come the lines that were `denied`, and at last one that will never be whole, the `cut`.
     """
 
     lines: bytes
     at: Instant
     cut: Cut | None = None
+    origin: Origin | None = None
+    denied: Denied | None = None
 
 
 # What is known of a chunk's events, as bits of its `marks`.

@@ -25,6 +25,7 @@ ROOMS = {
     "agent.buffer.": "buffer",
     "agent.decode": "door",
     "agent.texts": "door",
+    "agent.completion": "door",
     "agent.vouch": "door",
     "agent.envelope": "door",
     "agent.accept": "accept",

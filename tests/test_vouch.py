@@ -10,8 +10,9 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import Raw
 
-from agent.events import GIVEN, LONG, Cut, Instant, Read
+from agent.events import GIVEN, LONG, Cut, Denied, Instant, Origin, Read, Reject
 from agent.pack import inflate
 from agent.sink.judge import judge
 from agent.sink.payload import Request
@@ -450,3 +451,87 @@ def test_uuids_and_times_ascend() -> None:
         some = [event["uuid"] for event in events[start : start + 1000]]
         assert some == sorted(some)
     assert len({event["uuid"] for event in events}) == 2500
+
+
+# --- who sent it -----------------------------------------------------------------------------------
+
+
+def from_whom(origin: Origin | None, *events: bytes, by: Door = DOOR) -> Decoded:
+    """The events of one sender through a door."""
+    return by.vouch([Read(b"".join(event + b"\n" for event in events), AT, None, origin)], 1)
+
+
+@pytest.mark.parametrize("own", [b"uid", rb"ui\u0064"])
+@pytest.mark.parametrize("root", [b"", b',"$set":{"a":1}'])
+def test_what_is_forced_no_payload_can_forge(own: bytes, root: bytes) -> None:
+    """The kernel's word replaces the payload's, however that writes the name, once and for all."""
+    event = b'{"event":"e","distinct_id":"d","properties":{"%b":0,"a":1}%b}' % (own, root)
+    decoded = from_whom(Origin(forced={"uid": Raw(b"1000")}), event, GOOD)
+    [forged, plain] = events_of(decoded)
+    assert forged["properties"]["uid"] == plain["properties"]["uid"] == 1000
+    [chunk] = decoded.chunks
+    assert inflate(chunk.packed, chunk.size, chunk.crc).count(b"uid") == 4  # and twice in "uuid"
+
+
+def test_an_origins_defaults_give_way() -> None:
+    """To what the event has, and to what the source is configured to add."""
+    origin = Origin(defaults={"$ip": Raw(b'"192.0.2.1"'), "site": Raw(b'"origin"')})
+    own = b'{"event":"e","distinct_id":"d","properties":{"$ip":"198.51.100.7"}}'
+    [first, second] = events_of(from_whom(origin, own, GOOD))
+    assert (first["properties"]["$ip"], second["properties"]["$ip"]) == ("198.51.100.7", "192.0.2.1")
+    assert second["properties"]["site"] == OURS["site"]
+
+
+def test_each_owners_events_are_chunks_of_their_own() -> None:
+    """A key or project of the sender's goes with its events, and with no other's."""
+    keys = [None, "phc_a", "phc_a", None, "phc_b"]
+    reads = [
+        Read(GOOD + b"\n" + b"nonsense\n" + GOOD + b"\n", AT, None, Origin(key=key) if key else None)
+        for key in keys
+    ]
+    reads.append(Read(GOOD + b"\n", AT, None, Origin(project="other")))
+    decoded = DOOR.vouch(reads, 1)
+    assert [(chunk.project, chunk.key, chunk.events) for chunk in decoded.chunks] == [
+        ("default", None, 2),
+        ("default", "phc_a", 4),
+        ("default", None, 2),
+        ("default", "phc_b", 2),
+        ("other", None, 1),
+    ]
+    assert len(decoded.rejects) == 5
+    assert len(events_of(decoded)) == 11
+
+
+def test_denied_lines_are_refused_unread() -> None:
+    """They stand behind the whole lines of their read and before its cut."""
+    read = Read(GOOD + b"\n", AT, Cut("truncated", "x"), None, Denied("rate_limited", 2, "uid 7"))
+    decoded = DOOR.vouch([read, Read(GOOD + b"\n", AT)], 1)
+    assert decoded.rejects == [
+        Reject(0, 1, "rate_limited", "uid 7"),
+        Reject(0, 2, "rate_limited", "uid 7"),
+        Reject(0, 3, "truncated", "x"),
+    ]
+    assert (decoded.lines, decoded.tally.received) == ([4, 1], 5)
+
+
+def test_options_among_the_defaults_are_told_too() -> None:
+    """What the source adds counts as what the event had; an event's own wins."""
+    by = door(properties={"$process_person_profile": False})
+    own = b'{"event":"e","distinct_id":"d","properties":{"$process_person_profile":true}}'
+    events = events_of(from_whom(None, GOOD, own, by=by))
+    told = [(event["options"], event["properties"]["$process_person_profile"]) for event in events]
+    assert told == [({"process_person_profile": False}, False), ({"process_person_profile": True}, True)]
+
+
+@pytest.mark.parametrize("properties", [{"a": 1}, {"site": "own"}, {}])
+@pytest.mark.parametrize("when", [None, "2026-01-02T03:04:05.678Z", "2026-01-02T03:04:05.678000+00:00"])
+@pytest.mark.parametrize("ident", [None, "0197a5c0-7e1c-7abc-8def-0123456789ab"])
+def test_own_uuids_and_times_of_ordinary_events(
+    ident: str | None, when: str | None, properties: dict[str, Any]
+) -> None:
+    """Both are kept, alone and together, whatever the properties need."""
+    event = one({"uuid": ident, "timestamp": when, "properties": properties})
+    assert ident is None or event["uuid"] == ident
+    assert when is None or event["timestamp"] == "2026-01-02T03:04:05.678000Z"
+    assert event["properties"] == {**OURS, **properties}
+    assert event.keys() == {"event", "distinct_id", "properties", "uuid", "timestamp"}
