@@ -99,7 +99,7 @@ class Common(Settings, frozen=True, kw_only=True):
 
     name: str
     project: str
-    format: Literal["json"] = "json"
+    format: Literal["json", "logfmt"] = "json"
     # "" rejects an event that has none.
     distinct_id: str = ""
     properties: Mapping[str, object] = {}

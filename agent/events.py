@@ -7,6 +7,7 @@ import msgspec
 
 Reason = Literal[
     "malformed_json",
+    "malformed_logfmt",
     "not_an_object",
     "missing_event",
     "missing_distinct_id",

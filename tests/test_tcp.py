@@ -158,3 +158,18 @@ def test_certificates_that_cannot_be_used_are_told(papers: Papers, tmp_path: Pat
         with pytest.raises(CertificateError) as caught, bound(settings):
             pass
         assert "PEM" in caught.value.hint
+
+
+async def test_logfmt_lines_are_acknowledged() -> None:
+    """As JSON lines are, each under its own reason where it is refused."""
+    async with taking(tcp(format="logfmt", ack=True)) as taken, client(taken.source.address) as sender:
+        await sender.send_all(b'event=signup distinct_id=u plan=pro n=5\nplan=pro\nevent=e distinct_id="\n')
+        await sender.send_eof()
+        assert await told(sender) == [
+            {"line": 2, "error": "missing_event"},
+            {"line": 3, "error": "malformed_logfmt"},
+            {"accepted": 1, "rejected": 2},
+        ]
+        [event] = await taken.events(1)
+        assert event["event"] == "signup"
+        assert {"plan": "pro", "n": 5, "$lib": "capture-agent"}.items() <= event["properties"].items()

@@ -19,6 +19,9 @@ from agent.buffer import Buffer
 from agent.clock import Clock
 from agent.config import Project, Stream, Tcp, Udp, UnixDatagram, UnixStream
 from agent.config import Source as Settings
+from agent.decode.lines import Format
+from agent.decode.logfmt import Logfmt
+from agent.decode.objects import Json
 from agent.vouch import Door, Rules
 
 log = structlog.get_logger("accept")
@@ -39,7 +42,7 @@ class Source:
         self.settings = settings
         self.granted = granted
         self.address = address_of(sock)
-        self.putter = Putter(settings.name, Door(_rules(settings, project)), buffer)
+        self.putter = Putter(settings.name, Door(_rules(settings, project), _format(settings)), buffer)
         self._reading: DatagramSource | StreamSource
         if isinstance(settings, Stream):
             tcp = settings if isinstance(settings, Tcp) else None
@@ -89,6 +92,10 @@ def _rules(settings: Settings, project: Project) -> Rules:
         max_batch_events=project.delivery.max_batch_events,
         max_batch_size=project.delivery.max_batch_size,
     )
+
+
+def _format(settings: Settings) -> Format:
+    return Logfmt(settings.max_event) if settings.format == "logfmt" else Json(settings.max_event)
 
 
 def _context_of(settings: Tcp) -> ssl.SSLContext | None:
