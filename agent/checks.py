@@ -128,6 +128,12 @@ def _of_source(source: Source) -> Iterator[Wrong]:
             yield f"properties.{name}", "cannot be told in JSON (nan and inf are not in it)"
         if name == "$cookieless_mode" and not isinstance(value, bool):
             yield f"properties.{name}", "must be true or false: PostHog refuses a whole batch for another"
+    for name, burst in (("max_events_per_second", "burst"), ("uid_events_per_second", "uid_burst")):
+        rate, most = getattr(source, name, 0), getattr(source, burst, 0)
+        yield from _between(name, rate, 0, 1e9)
+        yield from _between(burst, most, 0, 10**9)
+        if most and not rate:
+            yield burst, f"is of no use without {name}"
     yield from _of_socket(source)
 
 
@@ -140,6 +146,8 @@ def _of_socket(source: Source) -> Iterator[Wrong]:
             yield from _path(source.path, "path", PATH_BYTES)
             if not 0 <= source.mode <= 0o777:
                 yield "mode", f"{source.mode:#o} is no file mode, such as 0o660"
+            if any(not 0 <= uid < 2**32 for uid in source.allow_uids):
+                yield "allow_uids", "holds what is no user id"
     if isinstance(source, UnixStream | Tcp):
         yield from _between("max_connections", source.max_connections, 1, 1_000_000)
     if isinstance(source, Tcp):

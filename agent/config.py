@@ -105,26 +105,41 @@ class Common(Settings, frozen=True, kw_only=True):
     properties: Mapping[str, object] = {}
     # PostHog's SDKs cap an event here (posthog-python `posthog/consumer.py`).
     max_event: Size = 900 * KIB
+    # 0 is no limit; what is beyond it is refused and counted. After a silence `burst` events may come at
+    # once, 0 is what two seconds allow.
+    max_events_per_second: float = 0.0
+    burst: int = 0
 
 
-class UnixStream(Common, frozen=True, kw_only=True, tag_field="kind", tag="unix_stream"):
-    """A listening Unix stream socket."""
+class Unix(Common, frozen=True, kw_only=True):
+    """What the sources have that know their senders."""
 
     path: str
     # The owner and its group may write; which group, `group` says.
     mode: int = 0o660
     group: str = ""
+    # Adds the kernel's word on who sent an event: $agent_uid, $agent_gid, $agent_pid; and on request in which
+    # systemd unit or container that process runs: $agent_unit, $agent_container.
+    sender: bool = False
+    sender_unit: bool = False
+    # Empty: whoever the file's mode lets in.
+    allow_uids: tuple[int, ...] = ()
+    # As `max_events_per_second` and `burst`, for each user.
+    uid_events_per_second: float = 0.0
+    uid_burst: int = 0
+
+
+class UnixStream(Unix, frozen=True, kw_only=True, tag_field="kind", tag="unix_stream"):
+    """A listening Unix stream socket."""
+
     ack: bool = False
     # Beyond it clients wait to be accepted.
     max_connections: int = 1000
 
 
-class UnixDatagram(Common, frozen=True, kw_only=True, tag_field="kind", tag="unix_datagram"):
+class UnixDatagram(Unix, frozen=True, kw_only=True, tag_field="kind", tag="unix_datagram"):
     """A Unix datagram socket."""
 
-    path: str
-    mode: int = 0o660
-    group: str = ""
     receive_buffer: Size = 32 * MIB
 
 

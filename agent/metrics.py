@@ -45,6 +45,7 @@ class Pulled(NamedTuple):
     sources: Sequence[str]
     projects: Sequence[str]
     drops_known: Callable[[], Iterable[str]]
+    turned_away: Callable[[], Mapping[str, int]]
     books: Callable[[], Books]
     stats: Callable[[], Stats]
     deliveries: Callable[[], Iterable[DeliveryFacts]]
@@ -122,6 +123,11 @@ class _Pulling(Collector):
         if known:
             text = "Dropped by the kernel before they could be read"
             yield _labelled("datagrams_dropped", text, books, "dropped", "source", known, only=True)
+        text = "Closed as their user may not send here, since the start"
+        family = CounterMetricFamily(PREFIX + "connections_turned_away", text, labels=["source"])
+        for source, count in self._pulled.turned_away().items():
+            family.add_metric([source], count)
+        yield family
 
     def _of_projects(self, books: Books) -> Iterator[Metric]:
         projects = self._pulled.projects

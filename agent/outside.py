@@ -80,6 +80,11 @@ class Outside:
                 sources=[source.settings.name for source in self._sources],
                 projects=[project.name for project in self._config.projects],
                 drops_known=lambda: [source.settings.name for source in self._sources if source.drops_known],
+                turned_away=lambda: {
+                    source.settings.name: source.turned_away
+                    for source in self._sources
+                    if source.turned_away is not None
+                },
                 books=self._buffer.books,
                 stats=self._buffer.stats,
                 deliveries=self._facts,

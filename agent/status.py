@@ -93,6 +93,7 @@ def _source(source: Source, books: Books) -> Document:
         "truncated": _total(books, "truncated", name),
         "restamped": _total(books, "restamped", name),
         "connections": source.connections,
+        "turned_away": source.turned_away,
         "receive_buffer": source.granted,
         "dropped": _total(books, "dropped", name) if source.drops_known else None,
     }

@@ -11,7 +11,7 @@ import trio
 from sources import datagram, line, taking, udp
 
 from agent import config
-from agent.accept.datagram import UNIX_BYTES
+from agent.accept.drain import UNIX_BYTES
 from agent.accept.source import Source
 
 SO_SNDBUFFORCE = 32  # asm-generic/socket.h; Python has no name for it

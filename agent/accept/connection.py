@@ -10,7 +10,7 @@ from agent.accept.peer import Peer
 from agent.accept.putter import Offered, Outcome, Putter
 from agent.clock import Clock
 from agent.decode.ndjson import LineReader
-from agent.events import Cut, Read, sample
+from agent.events import Cut, Origin, Read, sample
 
 # After a smaller read of a client that waits for no answer, the reader lets some gather.
 SMALL_BYTES, SMALL_PAUSE = 16 * 1024, 0.020
@@ -101,9 +101,10 @@ class Manner(Protocol):
 class Connection:
     """One client: its bytes become lines, its lines reads, and what became of them acknowledgements."""
 
-    def __init__(self, source: Manner, peer: Peer) -> None:
+    def __init__(self, source: Manner, peer: Peer, origin: Origin | None = None) -> None:
         self._source = source
         self._peer = peer
+        self._origin = origin
         self._reader = LineReader(source.max_event)
         self._acks: Acknowledgements | None = Acknowledgements() if source.ack else None
         self._offered: deque[Offered] = deque()
@@ -196,7 +197,7 @@ class Connection:
     def _offer(self, lines: bytes, cut: Cut | None) -> None:
         if not lines and cut is None:
             return
-        read = Read(lines, self._source.clock.now(), cut)
+        read = Read(lines, self._source.clock.now(), cut, self._origin)
         offered = self._source.putter.offer(read, urgent=self._acks is not None)
         if self._acks is not None:
             self._offered.append(offered)

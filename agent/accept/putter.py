@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 import trio
 
+from agent.accept.rates import Rates
 from agent.buffer import Buffer
-from agent.decode.ndjson import count_byte
-from agent.events import CHUNK_BYTES, CHUNK_EVENTS, Instant, Read, Reject, Tally
+from agent.decode.ndjson import count_byte, count_lines
+from agent.events import CHUNK_BYTES, CHUNK_EVENTS, Denied, Instant, Read, Reject, Tally
 from agent.texts import RANDOM_BITS
 from agent.vouch import Decoded, Door
 
@@ -27,6 +28,8 @@ MOST_BYTES = CHUNK_BYTES
 COMPANY_SECONDS = 0.05
 # The last refusals, for `status`.
 RECENT = 20
+# Of lines that were refused unread one says it all.
+UNREAD = ("forbidden", "rate_limited")
 
 
 class Outcome(NamedTuple):
@@ -53,9 +56,9 @@ class Offered:
         read = self.read
         size = len(read.lines) - len(read.lines.split(b"\n", lines)[lines])
         at = read.at._replace(wall=read.at.wall + lines, monotonic=read.at.monotonic + lines)
-        self.read = Read(read.lines[size:], at, read.cut)
+        self.read = read._replace(lines=read.lines[size:], at=at)
         self.lines -= lines
-        return Read(read.lines[:size], read.at)
+        return Read(read.lines[:size], read.at, origin=read.origin)
 
     def add(self, outcome: Outcome) -> None:
         """What became of its next part."""
@@ -84,10 +87,11 @@ class Refusal(NamedTuple):
 class Putter:
     """Takes a source's reads and puts them, in the order in which they were offered."""
 
-    def __init__(self, source: str, door: Door, buffer: Buffer) -> None:
+    def __init__(self, source: str, door: Door, buffer: Buffer, rates: Rates | None = None) -> None:
         self._source = source
         self._door = door
         self._buffer = buffer
+        self._rates = rates
         self._even = min(door.rules.max_batch_events, CHUNK_EVENTS)
         self._offers: deque[Offered] = deque()
         self._held = 0
@@ -110,14 +114,25 @@ class Putter:
 
     def offer(self, read: Read, *, urgent: bool = False) -> Offered:
         """Hand a read over; `urgent` where a client waits for the answer. Ask for `room` before reading."""
-        offered = Offered(read)
+        offered = Offered(self._within(self._rates, read) if self._rates else read)
         self._offers.append(offered)
-        self._held += len(read.lines)
+        self._held += len(offered.read.lines)
         self._urgent = self._urgent or urgent
         self._some.set()
         if self._urgent or self._held >= ENOUGH_BYTES:
             self._enough.set()
         return offered
+
+    def _within(self, rates: Rates, read: Read) -> Read:
+        """The read without the lines that its source or user may not send now, which are denied."""
+        uid = read.origin.uid if read.origin is not None else None
+        lines = count_byte(read.lines, b"\n")
+        admitted = rates.admit(uid, lines, trio.current_time())
+        if admitted == lines:
+            return read
+        rest = read.lines.split(b"\n", admitted)[admitted]
+        denied = Denied("rate_limited", count_lines(rest), "" if uid is None else f"of uid {uid}")
+        return read._replace(lines=read.lines[: len(read.lines) - len(rest)], denied=denied)
 
     async def count_dropped(self, datagrams: int) -> None:
         """Enter into the books what the kernel dropped."""
@@ -184,8 +199,12 @@ class Putter:
         self._room = trio.Event()
 
     def _remember(self, rejects: Sequence[Reject], at: Instant) -> None:
+        told = None
         for reject in rejects[-RECENT:]:
-            self.recent.append(Refusal(at.wall, self._source, reject.reason, reject.sample))
+            refusal = Refusal(at.wall, self._source, reject.reason, reject.sample)
+            if refusal != told or reject.reason not in UNREAD:
+                self.recent.append(refusal)
+            told = refusal
 
 
 def _tell(gathered: Sequence[Part], decoded: Decoded, *, shed: bool) -> None:

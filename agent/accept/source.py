@@ -13,11 +13,13 @@ from agent import __version__
 from agent.accept.datagram import DatagramSource
 from agent.accept.peer import server_context, stay_awake
 from agent.accept.putter import Putter
+from agent.accept.rates import Rate, Rates
+from agent.accept.sender import Senders
 from agent.accept.sockets import address_of, ask_buffer, bind_address, bind_unix, removed_at_the_end
 from agent.accept.stream import StreamSource
 from agent.buffer import Buffer
 from agent.clock import Clock
-from agent.config import Project, Stream, Tcp, Udp, UnixDatagram, UnixStream
+from agent.config import Project, Stream, Tcp, Udp, Unix, UnixDatagram, UnixStream
 from agent.config import Source as Settings
 from agent.decode.lines import Format
 from agent.decode.logfmt import Logfmt
@@ -42,7 +44,10 @@ class Source:
         self.settings = settings
         self.granted = granted
         self.address = address_of(sock)
-        self.putter = Putter(settings.name, Door(_rules(settings, project), _format(settings)), buffer)
+        door = Door(_rules(settings, project), _format(settings))
+        self.putter = Putter(settings.name, door, buffer, _rates(settings))
+        senders = _senders(settings)
+        allowed = frozenset(settings.allow_uids) if isinstance(settings, Unix) else frozenset[int]()
         self._reading: DatagramSource | StreamSource
         if isinstance(settings, Stream):
             tcp = settings if isinstance(settings, Tcp) else None
@@ -55,16 +60,29 @@ class Source:
                 max_connections=settings.max_connections,
                 idle_timeout=tcp.idle_timeout if tcp else inf,
                 tls=_context_of(tcp) if tcp else None,
+                senders=senders,
+                allowed=allowed,
             )
         else:
             self._reading = DatagramSource(
-                sock, self.putter, clock, max_event=settings.max_event, granted=granted or 0
+                sock,
+                self.putter,
+                clock,
+                max_event=settings.max_event,
+                granted=granted or 0,
+                senders=senders,
+                allowed=allowed,
             )
 
     @property
     def connections(self) -> int | None:
         """How many are open; None for datagrams."""
         return len(self._reading.connections) if isinstance(self._reading, StreamSource) else None
+
+    @property
+    def turned_away(self) -> int | None:
+        """How many connections of users who may not send here were closed; None for datagrams."""
+        return self._reading.turned_away if isinstance(self._reading, StreamSource) else None
 
     @property
     def drops_known(self) -> bool:
@@ -96,6 +114,29 @@ def _rules(settings: Settings, project: Project) -> Rules:
 
 def _format(settings: Settings) -> Format:
     return Logfmt(settings.max_event) if settings.format == "logfmt" else Json(settings.max_event)
+
+
+def _senders(settings: Settings) -> Senders | None:
+    """Where the source must know who sends."""
+    if not isinstance(settings, Unix):
+        return None
+    told = settings.sender or settings.sender_unit
+    if told or settings.allow_uids or settings.uid_events_per_second:
+        return Senders(told=told, units=settings.sender_unit)
+    return None
+
+
+def _rates(settings: Settings) -> Rates | None:
+    own = _rate(settings.max_events_per_second, settings.burst)
+    user = _rate(0, 0)
+    if isinstance(settings, Unix):
+        user = _rate(settings.uid_events_per_second, settings.uid_burst)
+    return Rates(own, user, trio.current_time()) if own.per_second or user.per_second else None
+
+
+def _rate(per_second: float, burst: int) -> Rate:
+    """Without a burst of its own as many as two seconds allow, and one event at least."""
+    return Rate(per_second, burst or max(1.0, 2 * per_second))
 
 
 def _context_of(settings: Tcp) -> ssl.SSLContext | None:

@@ -1,20 +1,30 @@
 """Accepts the clients of a stream socket, as many as there are places for."""
 
 import errno
+import os
 import socket
 import ssl
+from collections.abc import Container
+from contextlib import suppress
 from math import inf
 
+import structlog
 import trio
 
 from agent.accept.connection import Connection, Partials
 from agent.accept.guard import guarded
 from agent.accept.peer import PlainPeer, TlsPeer
 from agent.accept.putter import Putter
+from agent.accept.sender import Senders, peer_of
 from agent.clock import Clock
+from agent.events import Origin
 
 # Out of descriptors: wait for some to be closed.
 EXHAUSTED_SECONDS = 0.1
+# To whom may not send here.
+FAREWELL = b'{"error":"forbidden"}\n'
+
+log = structlog.get_logger("accept")
 
 
 class StreamSource:
@@ -31,6 +41,8 @@ class StreamSource:
         max_connections: int,
         idle_timeout: float = inf,
         tls: ssl.SSLContext | None = None,
+        senders: Senders | None = None,
+        allowed: Container[int] = (),
     ) -> None:
         self._listener = trio.socket.from_stdlib_socket(listener)
         self.putter = putter
@@ -39,6 +51,10 @@ class StreamSource:
         self.ack = ack
         self.idle_timeout = idle_timeout
         self._tls = tls
+        self._senders = senders
+        self._allowed = allowed
+        self.turned_away = 0
+        self._named: set[int | None] = set()
         self.partials = Partials()
         self.stopping = False
         self.connections: set[Connection] = set()
@@ -72,12 +88,32 @@ class StreamSource:
                 nursery.start_soon(self._serve, sock)
 
     async def _serve(self, sock: trio.socket.SocketType) -> None:
-        peer = PlainPeer(sock) if self._tls is None else TlsPeer(sock, self._tls)
-        connection = Connection(self, peer)
-        self.connections.add(connection)
         try:
             with sock:
-                await guarded(connection.run, "connection")
+                origin = None
+                if self._senders is not None:
+                    origin = await self._senders.origin(peer_of(sock.getsockopt))
+                    if self._allowed and origin.uid not in self._allowed:
+                        self._turn_away(sock, origin)
+                        return
+                peer = PlainPeer(sock) if self._tls is None else TlsPeer(sock, self._tls)
+                connection = Connection(self, peer, origin)
+                self.connections.add(connection)
+                if self.stopping:
+                    connection.stop()
+                try:
+                    await guarded(connection.run, "connection")
+                finally:
+                    self.connections.discard(connection)
         finally:
-            self.connections.discard(connection)
             self._places.release()
+
+    def _turn_away(self, sock: trio.socket.SocketType, origin: Origin) -> None:
+        """A user who may not send here is told so, where there is somebody to read it."""
+        self.turned_away += 1
+        if origin.uid not in self._named:
+            self._named.add(origin.uid)
+            hint = "add the user to the source's allow_uids, if it should"
+            log.warning("a user may not send here; connections are closed", uid=origin.uid, hint=hint)
+        with suppress(OSError):
+            os.write(sock.fileno(), FAREWELL)

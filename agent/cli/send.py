@@ -133,6 +133,12 @@ class _Sending:
         *lines, self._said = (self._said + text).split(b"\n")
         for line in lines:
             said = msgspec.json.decode(line, type=dict[str, int | str])
+            if "error" in said and "line" not in said:
+                click.echo(
+                    f"capture-agent: the agent takes nothing from this user ({said['error']})", err=True
+                )
+                click.echo("  try: have it added to the source's allow_uids", err=True)
+                raise SystemExit(1)
             if "error" in said:
                 self.full += said["error"] == "buffer_full"
                 if self.rejected < SHOWN:

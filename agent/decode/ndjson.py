@@ -8,6 +8,11 @@ def count_byte(blob: bytes, byte: bytes) -> int:
     return len(blob) - len(blob.replace(byte, b""))
 
 
+def count_lines(blob: bytes) -> int:
+    """How many lines hold more than white space."""
+    return sum(1 for line in blob.split(b"\n") if line and not line.isspace())
+
+
 class LineReader:
     """One connection's lines: bytes in as they come, whole lines out, each ended by a newline.
 

@@ -1,0 +1,59 @@
+"""How many events a source and each user may send: what is over it is refused, so the others have room."""
+
+from collections import OrderedDict
+from typing import NamedTuple
+
+# Users whose rate is remembered; of one that is forgotten the burst is full again.
+USERS = 4096
+
+
+class Rate(NamedTuple):
+    """Events a second, and how many at once after a silence; 0 a second is no limit."""
+
+    per_second: float
+    burst: float
+
+
+class Bucket:
+    """The events that may come now: they grow with time up to the burst."""
+
+    def __init__(self, rate: Rate, now: float) -> None:
+        self._rate = rate
+        self._level = rate.burst
+        self._at = now
+
+    def level(self, now: float) -> int:
+        """How many may come."""
+        self._level = min(self._rate.burst, self._level + max(0.0, now - self._at) * self._rate.per_second)
+        self._at = now
+        return int(self._level)
+
+    def take(self, events: int) -> None:
+        """So many came."""
+        self._level -= events
+
+
+class Rates:
+    """A source's limits: one for all of it, one for each user."""
+
+    def __init__(self, source: Rate, user: Rate, now: float) -> None:
+        self._source = Bucket(source, now) if source.per_second else None
+        self._user = user
+        self._users: OrderedDict[int, Bucket] = OrderedDict()
+
+    def admit(self, uid: int | None, events: int, now: float) -> int:
+        """How many of a user's events may come now (s); they are counted as come."""
+        buckets = [self._source] if self._source else []
+        if self._user.per_second and uid is not None:
+            buckets.append(self._of(uid, now))
+        admitted = min([events, *(bucket.level(now) for bucket in buckets)])
+        for bucket in buckets:
+            bucket.take(admitted)
+        return admitted
+
+    def _of(self, uid: int, now: float) -> Bucket:
+        bucket = self._users.pop(uid, None) or Bucket(self._user, now)
+        self._users[uid] = bucket
+        if len(self._users) > USERS:
+            self._users.popitem(last=False)
+        return bucket

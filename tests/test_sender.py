@@ -1,0 +1,182 @@
+"""Who sends: the kernel's word on Unix sockets, users who may not, and what a user may send in a second."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import trio
+from sources import Taken, datagram, line, stream, taking
+
+from agent.accept.sender import Place, Senders, place_in, read_place
+from agent.config import UnixDatagram
+
+ASK = b'{"ack":true}\n'
+FORGED = {"$agent_uid": 0, "$agent_pid": 1, "$agent_unit": "sshd.service", "n": 5}
+OTHER = 12345
+
+as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can send as somebody else")
+
+
+def send(taken: Taken, *lines: bytes, uid: int | None = None) -> int:
+    """A process of its own, of that user, sends lines; its id."""
+    path = taken.source.address
+    kind = "SOCK_DGRAM" if isinstance(taken.source.settings, UnixDatagram) else "SOCK_STREAM"
+    program = (
+        "import os, socket, sys\n"
+        f"s = socket.socket(socket.AF_UNIX, socket.{kind})\n"
+        f"{'' if uid is None else f'os.setgid({uid}); os.setuid({uid})'}\n"
+        f"s.connect({path!r})\n"
+        f"for part in sys.stdin.buffer.read().split(bytes(1)): s.send(part)\n"
+        "s.close()\n"
+    )
+    sending = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE)
+    sending.communicate(b"\0".join(lines))
+    assert sending.returncode in (0, 1)
+    return sending.pid
+
+
+@pytest.fixture(params=[stream, datagram])
+def kind(request: pytest.FixtureRequest) -> Any:
+    """Both kinds of Unix sockets."""
+    return request.param
+
+
+@pytest.fixture
+def folder() -> Any:
+    """A folder that every user may enter."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+async def test_the_kernels_word_cannot_be_forged(kind: Any, folder: Path) -> None:
+    """User, group and process are told as the kernel knows them, whatever the payload says."""
+    async with taking(kind(folder, sender=True)) as taken:
+        lines = line(1), line(2, properties=FORGED), line(3, properties={"$agent\\u005fuid": 1})
+        pid = await trio.to_thread.run_sync(send, taken, *lines)
+        events = await taken.events(3)
+        for event in events:
+            properties = event["properties"]
+            own = (properties["$agent_uid"], properties["$agent_gid"], properties["$agent_pid"])
+            assert own == (os.getuid(), os.getgid(), pid)
+        assert events[1]["properties"]["n"] == 5
+        assert events[1]["properties"]["$lib"] == "capture-agent"
+
+
+@as_root
+async def test_each_sender_is_told_apart(folder: Path) -> None:
+    """Datagrams of several users that are read together keep their own senders."""
+    async with taking(datagram(folder, mode=0o666, sender=True)) as taken:
+        async with trio.open_nursery() as nursery:
+            for uid in (None, OTHER):
+                for _ in range(3):
+                    nursery.start_soon(
+                        lambda uid=uid: trio.to_thread.run_sync(
+                            lambda: send(taken, *[line(uid or 0)] * 50, uid=uid)
+                        )
+                    )
+        events = await taken.events(300)
+        assert {(event["properties"]["$agent_uid"], event["properties"]["n"]) for event in events} == {
+            (0, 0),
+            (OTHER, OTHER),
+        }
+
+
+async def test_units_are_looked_up(kind: Any, folder: Path) -> None:
+    """On request unit and container are told; what is not known is null, and not the payload's."""
+    async with taking(kind(folder, sender_unit=True)) as taken:
+        await trio.to_thread.run_sync(send, taken, line(1, properties=FORGED))
+        [event] = await taken.events(1)
+        assert {"$agent_unit", "$agent_container"} <= event["properties"].keys()
+        assert event["properties"]["$agent_unit"] != "sshd.service"
+
+
+CONTAINER = "0f" * 32
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "place"),
+    [
+        ("0::/system.slice/nginx.service\n", Place("nginx.service", None)),
+        (
+            "0::/user.slice/user-1000.slice/user@1000.service/app.slice/app-term.scope\n",
+            Place("app-term.scope", None),
+        ),
+        (f"0::/system.slice/docker-{CONTAINER}.scope\n", Place(f"docker-{CONTAINER}.scope", CONTAINER)),
+        (f"12:pids:/docker/{CONTAINER}\n1:name=systemd:/docker/{CONTAINER}\n0::/\n", Place(None, CONTAINER)),
+        (
+            f"0::/kubepods.slice/kubepods-pod7.slice/cri-containerd-{CONTAINER}.scope\n",
+            Place(f"cri-containerd-{CONTAINER}.scope", CONTAINER),
+        ),
+        ("0::/\n", Place(None, None)),
+        ("", Place(None, None)),
+        ("rubbish", Place(None, None)),
+    ],
+)
+def test_cgroups(cgroup: str, place: Place) -> None:
+    """As systemd, Docker and Kubernetes name them."""
+    assert place_in(cgroup) == place
+
+
+def test_a_process_that_has_ended_has_no_place() -> None:
+    """Nothing is raised."""
+    assert read_place(2**22 + 1) == Place(None, None)
+
+
+async def test_a_sender_who_is_unknown_is_told_as_null() -> None:
+    """A datagram from before the kernel was asked has no sender; no payload may give it one."""
+    origin = await Senders(told=True, units=True).origin(None)
+    assert origin.uid is None
+    assert {bytes(raw) for raw in origin.forced.values()} == {b"null"}
+
+
+@as_root
+async def test_users_who_may_not_send(kind: Any, folder: Path) -> None:
+    """Their datagrams are refused, their connections closed; the others go on, and both are counted."""
+    async with taking(kind(folder, mode=0o666, allow_uids=(0,))) as taken:
+        await trio.to_thread.run_sync(lambda: send(taken, line(1), line(2), uid=OTHER))
+        await trio.to_thread.run_sync(lambda: send(taken, line(3)))
+        [event] = await taken.events(1)
+        assert event["properties"]["n"] == 3
+        assert "$agent_uid" not in event["properties"]
+        if taken.source.turned_away is None:
+            assert (await taken.settled(3), taken.total("rejected", "forbidden"))[1] == 2
+        else:
+            assert taken.source.turned_away == 1
+
+
+async def test_what_is_beyond_the_rate_is_refused_by_name(folder: Path) -> None:
+    """The first events of a flood are taken, the others told as `rate_limited`, each with its line."""
+    settings = stream(folder, max_events_per_second=0.001, burst=3)
+    async with taking(settings) as taken:
+        async with await trio.open_unix_socket(taken.source.address) as client:
+            await client.send_all(
+                ASK + b"\n".join((line(1), b"", line(2), b"nonsense", line(4), line(5))) + b"\n"
+            )
+            await client.send_eof()
+            text = b"".join([some async for some in client])
+        told = [msgspec.json.decode(one) for one in text.splitlines()]
+        assert told[-1] == {"accepted": 1, "rejected": 4} or told[-1] == {"accepted": 2, "rejected": 3}
+        assert told[-2] == {"line": 5, "error": "rate_limited"}
+        assert taken.total("received") == 5
+        assert (
+            len([refusal for refusal in taken.source.putter.recent if refusal.reason == "rate_limited"]) == 1
+        )
+
+
+@as_root
+async def test_one_noisy_user_takes_nothing_from_another(folder: Path) -> None:
+    """A user over its rate is refused, beside it another's events all come in."""
+    settings = datagram(folder, mode=0o666, uid_events_per_second=0.001, uid_burst=20)
+    async with taking(settings) as taken:
+        await trio.to_thread.run_sync(lambda: send(taken, *[line(1)] * 500, uid=OTHER))
+        await trio.to_thread.run_sync(lambda: send(taken, *[line(2)] * 20))
+        await taken.settled(520)
+        assert (taken.total("accepted"), taken.total("rejected", "rate_limited")) == (40, 480)
+        numbers = [event["properties"]["n"] for event in await taken.events(40)]
+        assert numbers.count(2) == 20
