@@ -33,6 +33,8 @@ MIB = 1024 * 1024
 PATIENCE = 300.0
 
 Figures = dict[str, float]
+# What a source calls the forms of the loader's lines.
+FORMATS = {"rfc5424": "syslog", "rfc3164": "syslog"}
 
 
 class Goal(NamedTuple):
@@ -50,10 +52,10 @@ class Goal(NamedTuple):
 def build() -> None:
     """Compile the loader and the sink."""
     BUILD.mkdir(exist_ok=True)
-    for name, libraries in (("loader", []), ("sink", ["-lz"])):
+    for name in ("loader", "sink"):
         source, program = HERE / f"{name}.c", BUILD / name
         if not program.exists() or program.stat().st_mtime < source.stat().st_mtime:
-            command = ["cc", "-O2", "-o", str(program), str(source), *libraries]
+            command = ["cc", "-O2", "-o", str(program), str(source), "-lz"]
             if subprocess.run(command, check=False).returncode:
                 sys.exit("bench: a C compiler and zlib's header are needed: apt-get install gcc zlib1g-dev")
 
@@ -110,9 +112,9 @@ class Sink:
 class Agent:
     """The agent's process on a temporary buffer; `ready` is the seconds until its stream took a client."""
 
-    def __init__(self, folder: Path, host: str, protocol: str = "batch") -> None:
+    def __init__(self, folder: Path, host: str, protocol: str = "batch", form: str = "json") -> None:
         self.folder = folder
-        self.udp = free_port(socket.SOCK_DGRAM)
+        self.udp, self.tcp, self.http = free_port(socket.SOCK_DGRAM), free_port(), free_port()
         config = folder / "config.toml"
         config.write_text(
             f"""
@@ -122,12 +124,17 @@ class Agent:
             [[source]]
             kind = "unix_stream"
             path = "{folder}/s"
+            format = "{form}"
             [[source]]
             kind = "unix_datagram"
             path = "{folder}/d"
             [[source]]
             kind = "udp"
             listen = "127.0.0.1:{self.udp}"
+            format = "{form}"
+            [[source]]
+            kind = "tcp"
+            listen = "127.0.0.1:{self.tcp}"
             [buffer]
             path = "{folder}/buffer.db"
             max_size = "8 GiB"
@@ -218,13 +225,13 @@ def folder() -> Iterator[Path]:
 
 @contextmanager
 def pipeline(
-    *, dump: bool = False, strict: bool = False, protocol: str = "batch"
+    *, dump: bool = False, strict: bool = False, protocol: str = "batch", form: str = "json"
 ) -> Iterator[tuple[Agent, Sink]]:
     """An agent before a sink for a block."""
     with folder() as place:
         (place / "bodies").mkdir()
         sink = Sink(free_port(), place / "bodies" if dump else None, strict=strict)
-        agent = Agent(place, f"http://127.0.0.1:{sink.port}", protocol)
+        agent = Agent(place, f"http://127.0.0.1:{sink.port}", protocol, FORMATS.get(form, form))
         try:
             yield agent, sink
         finally:
@@ -232,24 +239,26 @@ def pipeline(
             sink.close()
 
 
-def load(agent: Agent, kind: str, count: int, rate: int = 0, poison: int = 0) -> float:
+def load(agent: Agent, kind: str, count: int, rate: int = 0, poison: int = 0, form: str = "json") -> float:
     """Send events into one of the agent's sources; when the first one left.
 
     Of every `poison` events PostHog refuses one.
     """
-    address = {"unix_datagram": f"{agent.folder}/d", "udp": str(agent.udp)}.get(kind, f"{agent.folder}/s")
-    command = [str(BUILD / "loader"), kind, address, str(count), str(rate), str(poison)]
+    ports = {"udp": agent.udp, "tcp": agent.tcp, "tcp_ack": agent.tcp, "http": agent.http}
+    path = f"{agent.folder}/{'d' if kind == 'unix_datagram' else 's'}"
+    address = str(ports.get(kind, path))
+    command = [str(BUILD / "loader"), kind, address, str(count), str(rate), str(poison), form]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     return float(done.stdout.split()[0])
 
 
-def flood(kind: str, count: int, rate: int = 0, protocol: str = "batch") -> Figures:
+def flood(kind: str, count: int, rate: int = 0, protocol: str = "batch", form: str = "json") -> Figures:
     """Events through one source, until the sink has them all."""
-    with pipeline(protocol=protocol) as (agent, sink):
-        load(agent, kind, 2000)
+    with pipeline(protocol=protocol, form=form) as (agent, sink):
+        load(agent, kind, 2000, form=form)
         wait_until(lambda: sink.events() == 2000)
         cpu = agent.cpu()
-        began = load(agent, kind, count, rate)
+        began = load(agent, kind, count, rate, form=form)
         wait_until(lambda: sink.settle()["events"] + agent.dropped() >= 2000 + count)
         totals = sink.settle()
         return {
@@ -355,6 +364,26 @@ def rows(backlog: int) -> dict[str, tuple[Callable[[], Figures], list[Goal]]]:
         "udp": (
             lambda: flood("udp", 500_000, 100_000),
             [Goal(CPU, "<=", 7), Goal("lost", "<=", 0), Goal(RSS, "<=", 100)],
+        ),
+        "tcp": (
+            lambda: flood("tcp", 1_000_000),
+            [Goal(RATE, ">=", 200_000), Goal(CPU, "<=", 4.5), Goal("lost", "<=", 0), Goal(RSS, "<=", 100)],
+        ),
+        "logfmt": (
+            lambda: flood("unix_stream", 500_000, form="logfmt"),
+            [Goal(CPU, "<=", 12), Goal("lost", "<=", 0), Goal(RSS, "<=", 100)],
+        ),
+        "rfc5424": (
+            lambda: flood("unix_stream", 500_000, form="rfc5424"),
+            [Goal(CPU, "<=", 12), Goal("lost", "<=", 0), Goal(RSS, "<=", 100)],
+        ),
+        "rfc3164": (
+            lambda: flood("unix_stream", 500_000, form="rfc3164"),
+            [Goal(CPU, "<=", 12), Goal("lost", "<=", 0), Goal(RSS, "<=", 100)],
+        ),
+        "http": (
+            lambda: flood("http", 500_000),
+            [Goal(RATE, ">=", 60_000), Goal("lost", "<=", 0), Goal(RSS, "<=", 110)],
         ),
         "steady_stream": (lambda: steady("unix_stream"), [Goal("core %", "<=", 8)]),
         "steady_datagram": (lambda: steady("unix_datagram"), [Goal("core %", "<=", 8)]),
