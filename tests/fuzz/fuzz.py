@@ -1,0 +1,75 @@
+"""Coverage-guided fuzzing of what reads hostile bytes.
+
+    python tests/fuzz/fuzz.py TARGET [CORPUS...] [-max_total_time=60] [other options of libFuzzer]
+
+TARGET is one of `TARGETS`. What fails is kept by libFuzzer as a file `crash-...` in the current folder.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+
+import atheris
+
+with atheris.instrument_imports(include=["agent"]):
+    from agent.decode.lines import Format
+    from agent.decode.logfmt import Logfmt
+    from agent.decode.objects import Json
+    from agent.events import Instant, Read
+    from agent.pack import inflate
+    from agent.vouch import Door, Rules
+
+AT = Instant(1_795_000_000_123_456, 1, "boot")
+LONGEST = 4096
+
+
+def _door(form: Format) -> Door:
+    rules = Rules(
+        source="fuzz",
+        project="default",
+        properties={"$lib": "capture-agent", "site": "berlin"},
+        distinct_id="host",
+        max_event=LONGEST,
+        max_batch_events=1000,
+        max_batch_size=2**20,
+    )
+    return Door(rules, form)
+
+
+def lines_of(form: Format) -> Callable[[bytes], None]:
+    """Lines through a door: nothing is raised, each is counted once, and what is let in is what it says."""
+    door = _door(form)
+
+    def fuzz(data: bytes) -> None:
+        decoded = door.vouch([Read(data + b"\n", AT), Read(b"\n" + data[::2] + b"\n", AT)], 1)
+        taken = 0
+        for chunk in decoded.chunks:
+            events = json.loads(b"[" + inflate(chunk.packed, chunk.size, chunk.crc) + b"]")
+            assert len(events) == chunk.events
+            for event in events:
+                assert event["event"]
+                assert event["distinct_id"].strip()
+                assert isinstance(event["properties"], dict)
+            taken += chunk.events
+        assert taken + len(decoded.rejects) == sum(decoded.lines) == decoded.tally.received
+
+    return fuzz
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    "ndjson": lines_of(Json(LONGEST)),
+    "logfmt": lines_of(Logfmt(LONGEST)),
+}
+
+
+def main() -> None:
+    """Fuzz one target."""
+    if len(sys.argv) < 2 or sys.argv[1] not in TARGETS:
+        sys.exit(f"usage: fuzz.py {'|'.join(TARGETS)} [CORPUS...] [OPTIONS]")
+    target = TARGETS[sys.argv.pop(1)]
+    atheris.Setup(sys.argv, target)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
