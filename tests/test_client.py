@@ -6,7 +6,6 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -15,7 +14,7 @@ import trio.testing
 from certificates import Papers, make_papers, server_tls
 
 from agent.config import Secret
-from agent.deliver.client import BODY_START, Client, ClientError, Reply
+from agent.deliver.client import BODY_START, Client, Reply
 from agent.deliver.verdict import Refused, Retry
 
 SECRET = "phc_secret-of-this-test"
@@ -434,14 +433,6 @@ async def test_what_a_proxy_says_is_not_what_posthog_says(status: str, expected:
         assert await post("https://posthog.example/batch/", settings) == expected
 
 
-@pytest.mark.parametrize("proxy", ["ftp://127.0.0.1:1", "socks4://127.0.0.1", "http://[::1"])
-def test_a_proxy_that_is_none_is_told_with_a_hint(proxy: str) -> None:
-    """The mistake is found at the start, not at the first event."""
-    with pytest.raises(ClientError) as caught:
-        Client(Settings(proxy=Secret(proxy)))
-    assert "proxy" in caught.value.hint
-
-
 @pytest.fixture(scope="module")
 def papers(tmp_path_factory: pytest.TempPathFactory) -> Papers:
     """A self-signed certificate for 127.0.0.1 that is its own authority."""
@@ -473,15 +464,3 @@ async def test_plain_http_at_a_tls_port_is_a_retry(papers: Papers) -> None:
     async with serving(answering(OK)) as server:
         verdict = await post(server.url.replace("http:", "https:"), Settings(timeout=1))
     assert isinstance(verdict, Retry)
-
-
-def test_files_that_cannot_be_used_are_told_with_a_hint(papers: Papers, tmp_path: Path) -> None:
-    """A missing authority, a file that is no certificate, an encrypted key: an error, never a question."""
-    (tmp_path / "text.pem").write_text("hello")
-    for settings in (
-        Settings(ca_file=str(tmp_path / "missing.pem")),
-        Settings(ca_file=str(tmp_path / "text.pem")),
-        Settings(client_cert=papers.cert, client_key=papers.locked),
-    ):
-        with pytest.raises(ClientError, match=r"\.pem: ."):
-            Client(settings)

@@ -38,6 +38,7 @@ ROOMS = {
     "agent.deliver.wire": "delivery logic",
     "agent.deliver.shipment": "delivery logic",
     "agent.deliver.pace": "delivery logic",
+    "agent.httpc": "tool",
     "agent.httpd": "tool",
     "agent.logs": "tool",
     "agent.memory": "tool",
@@ -76,6 +77,7 @@ GROUND = {
     "agent.load",
     "agent.metrics",
     "agent.pack",
+    "agent.portal",
     "agent.units",
     "agent.values",
 }
@@ -85,6 +87,7 @@ PURE = {
     "agent.events",
     "agent.load",
     "agent.pack",
+    "agent.portal",
     "agent.units",
     "agent.values",
     "agent.sink.judge",

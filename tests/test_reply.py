@@ -77,33 +77,6 @@ def test_every_reply_has_its_verdict(row: tuple[int, dict[str, str], bytes, Verd
             assert verdict == expected
 
 
-@pytest.mark.parametrize(
-    "page",
-    [
-        b"<html>",
-        b"<HTML lang=en>",
-        b"\xef\xbb\xbf<!doctype html>",
-        b"\r\n\t <!DOCTYPE HTML PUBLIC>",
-        b"<!-- portal --><html>",
-        b"<script>location='/login'</script>",
-        b'<meta http-equiv="refresh" content="0">',
-        b"<head><title>x</title>",
-        b"<html",
-    ],
-)
-def test_html_is_known_by_its_beginning(page: bytes) -> None:
-    """A portal that calls its page JSON is a portal all the same."""
-    verdict = read_reply(200, {"content-type": "application/json"}, page, NOW)
-    assert isinstance(verdict, Refused)
-    assert verdict.hold == "host"
-
-
-@pytest.mark.parametrize("body", [b"<3", b"<headline>", b"ok <html>", b"<htmlish", b"1<a>"])
-def test_what_is_not_html_is_not_taken_for_it(body: bytes) -> None:
-    """A 2xx of any other body is an acceptance."""
-    assert read_reply(200, {}, body, NOW) == Accepted()
-
-
 DATE = "Thu, 01 Jan 2026 00:00:00 GMT"
 
 

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from agent.deliver.clocks import EPOCH
 from agent.deliver.verdict import Accepted, Refused, Rejected, Retry, Split, Verdict
+from agent.portal import is_html
 
 # What a person reads in one look, and what is kept with every dead event.
 REASON_BYTES = 500
@@ -21,13 +22,6 @@ REASON_BYTES = 500
 # by the hour). What asks for more is a mistake, and obeying it would look like an agent that died.
 LONGEST_AFTER = 3600.0
 
-# The beginnings by which browsers know HTML (WHATWG MIME Sniffing, 7.1), and `<meta`, with which portals'
-# redirecting pages begin. PostHog answers in JSON or plain text that begins like none of them.
-HTML = re.compile(
-    rb"(?:\xef\xbb\xbf)?[\t\n\x0c\r ]*<(?:!--|(?:!doctype html|html|head|script|iframe|h1|div|font|table|a"
-    rb"|style|title|b|body|br|p|meta)(?:[\s/>]|$))",
-    re.IGNORECASE,
-)
 SECONDS = re.compile(r"[+-]?\d+(?:\.\d*)?")
 # PostHog's keys, wherever a reply repeats one (docs: project, personal, secret and OAuth keys).
 KEYS = re.compile(r"\bph[acsx]_[\w-]+")
@@ -62,12 +56,6 @@ def read_reply(status: int, headers: Mapping[str, str], body_start: bytes, now: 
     if 300 <= status <= 399:
         return Refused("host", f"HTTP {status}: redirected to {_origin(headers.get('location', ''))}")
     return Refused("host", reason)
-
-
-def is_html(headers: Mapping[str, str], body_start: bytes) -> bool:
-    """Whether it is a page for people, whatever it calls itself."""
-    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-    return kind in ("text/html", "application/xhtml+xml") or HTML.match(body_start) is not None
 
 
 def words(body_start: bytes) -> str:

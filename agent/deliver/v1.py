@@ -9,9 +9,10 @@ from typing import Any
 
 import msgspec
 
-from agent.deliver.reply import is_html, read_reply, retry_after, words
+from agent.deliver.reply import read_reply, retry_after, words
 from agent.deliver.verdict import Absent, Accepted, Batch, Damaged, Judged, Refused, Retry, Verdict
 from agent.deliver.wire import Compression, joined
+from agent.portal import is_html
 
 PATH = "/i/v1/analytics/events"
 
