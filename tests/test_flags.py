@@ -32,7 +32,7 @@ STALE = "x-capture-agent-stale"
 class Terms(NamedTuple):
     """What of a source's settings is about flags."""
 
-    flags_timeout: float = 0.5
+    flags_timeout: float = 5.0
     flags_max_age: float = 86400.0
     flags_cache: int = 16 * 1024 * 1024
 
@@ -136,7 +136,11 @@ async def agent(
         count=lambda how: counts.update([how]),
     )
     with trio.fail_after(20):
-        async with calls, serving(calls) as url, httpx.AsyncClient(base_url=url, timeout=10) as http:
+        async with (
+            calls,
+            serving(calls) as url,
+            httpx.AsyncClient(base_url=url, timeout=10, verify=False) as http,
+        ):
             yield Agent(http, clock, counts, calls)
 
 
@@ -164,22 +168,23 @@ def dead_port() -> int:
         for end in ("", "/")
     ],
 )
-@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
-async def test_a_call_is_passed_on_as_it_came(method: str, path: str) -> None:
+async def test_a_call_is_passed_on_as_it_came(path: str) -> None:
     """Method, path, query and body arrive at PostHog, and its reply comes back."""
+    query = "v=2&_=17&x=%C3%A4+b"
     async with both() as (posthog, local):
-        body = gzip.compress(b'{"distinct_id":"u1"}') if method == "POST" else b""
-        packed = {"Content-Encoding": "gzip"} if body else {}
-        reply = await local.http.request(
-            method, f"{path}?v=2&_=17&x=%C3%A4+b", content=body, headers={**packed, **BEARER}
-        )
-        (asked,) = posthog.asked
-    assert (asked.method, asked.path, asked.query, asked.body) == (method, path, "v=2&_=17&x=%C3%A4+b", body)
-    assert asked.headers["authorization"] == BEARER["Authorization"]
-    assert asked.headers.get("content-encoding") == packed.get("Content-Encoding")
-    assert (reply.status_code, reply.json()) == (200, FLAGS)
-    assert STALE not in reply.headers
-    assert local.counts == {"passed": 1}
+        for method in ("GET", "POST", "OPTIONS"):
+            body = gzip.compress(b'{"distinct_id":"u1"}') if method == "POST" else b""
+            packed = {"Content-Encoding": "gzip"} if body else {}
+            reply = await local.http.request(
+                method, f"{path}?{query}", content=body, headers={**packed, **BEARER}
+            )
+            asked = posthog.asked.pop()
+            assert (asked.method, asked.path, asked.query, asked.body) == (method, path, query, body)
+            assert asked.headers["authorization"] == BEARER["Authorization"]
+            assert asked.headers.get("content-encoding") == packed.get("Content-Encoding")
+            assert (reply.status_code, reply.json()) == (200, FLAGS)
+            assert STALE not in reply.headers
+        assert local.counts == {"passed": 3}
 
 
 async def test_what_belongs_to_the_connection_is_not_passed_on() -> None:
@@ -264,7 +269,19 @@ async def test_a_clients_errors_are_posthogs_word() -> None:
             reply = await local.flags()
             assert (reply.status_code, reply.json()) == (status, {"detail": "no"})
         posthog.says(told({}, 503))
-        assert (await local.flags()).json() == FLAGS
+        assert (await local.flags()).status_code == 503
+
+
+async def test_a_key_that_is_refused_has_nothing_to_fall_back_on() -> None:
+    """Who may not see the flags any more does not see the old ones either; other errors take nothing."""
+    async with both() as (posthog, local):
+        for status, kept in ((400, True), (402, True), (401, False), (403, False)):
+            posthog.says(told(DEFINITIONS))
+            await local.http.get(LOCAL, headers=BEARER)
+            posthog.says(told({}, status))
+            await local.http.get(LOCAL, headers=BEARER)
+            posthog.says(told({}, 500))
+            assert (STALE in (await local.http.get(LOCAL, headers=BEARER)).headers) is kept
 
 
 async def test_a_redirect_leads_back_to_the_agent_or_nowhere() -> None:
@@ -323,7 +340,7 @@ ABSENCES: dict[str, Said | None] = {
 @pytest.mark.parametrize("absence", ABSENCES.values(), ids=ABSENCES)
 async def test_whoever_answers_in_posthogs_stead_gets_no_say(absence: Said | None) -> None:
     """Silence, gateways, portals and limits: the call gets the last good reply, and only that call."""
-    async with both(Terms(flags_timeout=0.2)) as (posthog, local):
+    async with both(Terms(flags_timeout=0.5)) as (posthog, local):
         assert (await local.flags("u1")).status_code == 200
         posthog.says(absence)
         stale = await local.flags("u1")
@@ -456,7 +473,7 @@ async def test_an_out_of_date_reply_is_not_fallen_back_on() -> None:
 
 async def test_a_known_outage_costs_no_wait() -> None:
     """After three silences only one call in a while asks; once that is answered, all do again."""
-    async with both(Terms(flags_timeout=0.1)) as (posthog, local):
+    async with both(Terms(flags_timeout=0.5)) as (posthog, local):
         await local.flags()
         posthog.says(None)
         for _ in range(10):
@@ -507,7 +524,7 @@ async def test_an_outage_is_told_once_when_it_begins_and_ends(caplog: pytest.Log
             for _ in range(5):
                 await local.flags(**BEARER)
             posthog.says(told(FLAGS))
-            local.clock[0] += 5
+            local.clock[0] += 60
             await local.flags()
             await local.flags()
     assert [line["log_level"] for line in lines] == ["warning", "info"]
@@ -534,7 +551,7 @@ async def test_a_crowd_is_bounded() -> None:
                 at_once -= 1
 
     posthog = Slow()
-    async with serving(posthog) as host, agent(host, Terms(flags_timeout=2)) as local:
+    async with serving(posthog) as host, agent(host, Terms(flags_timeout=9)) as local:
         await local.flags("known")
         posthog.says(None)
         async with trio.open_nursery() as nursery:
@@ -544,7 +561,7 @@ async def test_a_crowd_is_bounded() -> None:
             began = trio.current_time()
             assert STALE in (await local.flags("known")).headers
             assert (await local.flags("new")).status_code == 503
-            assert trio.current_time() - began < 1.5
+            assert trio.current_time() - began < 5
             nursery.cancel_scope.cancel()
     assert most == upstream.CONCURRENCY
 
@@ -616,14 +633,14 @@ async def test_an_answer_that_trickles_is_left_in_time() -> None:
         async with agent(f"http://127.0.0.1:{port}", Terms(flags_timeout=0.2)) as local:
             began = trio.current_time()
             assert (await local.flags()).status_code == 503
-            assert trio.current_time() - began < 1.5
+            assert trio.current_time() - began < 5
         nursery.cancel_scope.cancel()
 
 
 async def test_a_long_answer_is_passed_on_and_not_remembered() -> None:
     """Definitions beyond what is held arrive whole; later polls do not fetch them again for nothing."""
     long = json.dumps({**DEFINITIONS, "x": "y" * (2 * upstream.REPLY_BYTES)}).encode()
-    async with both(Terms(flags_timeout=5)) as (posthog, local):
+    async with both() as (posthog, local):
         posthog.script = lambda asked: tagged(asked)._replace(
             body=b"" if "if-none-match" in asked.headers else long
         )
@@ -652,7 +669,7 @@ async def test_a_long_answer_that_is_cut_off_shows_as_cut_off() -> None:
         (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
         nursery.start_soon(trio.serve_listeners, cut, [listener])
         port = listener.socket.getsockname()[1]
-        async with agent(f"http://127.0.0.1:{port}", Terms(flags_timeout=5)) as local:
+        async with agent(f"http://127.0.0.1:{port}") as local:
             with pytest.raises(httpx.RemoteProtocolError):
                 await local.http.get(LOCAL)
         nursery.cancel_scope.cancel()
@@ -661,7 +678,7 @@ async def test_a_long_answer_that_is_cut_off_shows_as_cut_off() -> None:
 async def test_clients_that_do_not_read_long_answers_keep_few_connections() -> None:
     """Beyond those few a long answer is refused, and short ones pass as ever."""
     long = json.dumps({**DEFINITIONS, "x": "y" * (10 * upstream.REPLY_BYTES)}).encode()
-    async with both(Terms(flags_timeout=5)) as (posthog, local):
+    async with both() as (posthog, local):
         posthog.script = lambda asked: (
             told(FLAGS) if asked.method == "POST" else tagged(asked)._replace(body=long)
         )

@@ -196,6 +196,8 @@ class FlagCalls:
                 return self._remembered(call, key, otherwise=reply)
             case Meaning.GOOD:
                 self._replies.remember(key, reply, now)
+            case Meaning.FINAL if reply.status in (401, 403):  # whoever has this key may not see it any more
+                self._replies.forget(key)
             case Meaning.SAME:
                 self._replies.confirm(key, reply.header(b"etag") or call.if_none_match, now)
         self._count("passed")
@@ -228,7 +230,7 @@ class FlagCalls:
             self._count("passed")
             return otherwise
         self._count("unavailable")
-        return _told(503, "PostHog cannot be reached, and there is no earlier reply to this call.")
+        return _told(503, "PostHog does not answer, and there is no earlier reply to this call.")
 
     def _failed(self, reason: str, after: float) -> None:
         if self._breaker.failed(self._now(), after):
