@@ -72,6 +72,12 @@ def test_who_has_it_already_is_told_so(tags: bytes, status: int) -> None:
         assert reply == Reply(304, REPLY.headers[1:])
 
 
+def test_an_error_is_told_whatever_the_client_has() -> None:
+    """Only a 200 is what a tag stands for."""
+    error = REPLY._replace(status=404)
+    assert conditional(error, b"*") == conditional(error, b'"one"') == error
+
+
 def test_a_reply_without_a_tag_is_had_by_nobody() -> None:
     """An empty tag is no tag."""
     plain = Reply(200, (JSON,), b"{}")

@@ -102,7 +102,7 @@ def conditional(reply: Reply, if_none_match: bytes) -> Reply:
     """The reply for a client that may have it already: then a 304 (RFC 9110, 13.1.2)."""
     etag = reply.header(b"etag")
     wanted = [tag.strip() for tag in if_none_match.split(b",")] if if_none_match else []
-    if not any(tag == b"*" or _same(tag, etag) for tag in wanted):
+    if reply.status != 200 or not any(tag == b"*" or _same(tag, etag) for tag in wanted):
         return reply
     repeated = tuple(
         (name, value) for name, value in reply.headers if name in REPEATED or name.startswith(CORS)
