@@ -22,7 +22,7 @@ from agent.config import (
     UnixDatagram,
     UnixStream,
 )
-from agent.events import CHUNK_EVENTS
+from agent.events import CHUNK_EVENTS, OTHER
 from agent.units import format_duration, format_size
 
 # What is wrong, and of which setting.
@@ -75,6 +75,8 @@ def of(settings: Settings) -> Iterator[Wrong]:
     match settings:
         case Project():
             yield from _named(settings.name)
+            if settings.name == OTHER:
+                yield "name", f"{OTHER!r} is the label of events with keys of their own: choose another"
             if wrong := wrong_host(settings.host):
                 yield "host", wrong
         case Delivery():

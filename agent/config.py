@@ -210,6 +210,11 @@ class Config(Settings, frozen=True, kw_only=True):
     admin: Admin
     log: Log = Log()
 
+    @property
+    def any_key(self) -> bool:
+        """Whether a source keeps the keys that clients send, so that events go out with others than ours."""
+        return any(getattr(source, "keys", "") == "any" for source in self.sources)
+
 
 class Paths(msgspec.Struct, frozen=True):
     """The folders of the sockets and of the buffer, where nothing says otherwise."""

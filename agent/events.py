@@ -86,6 +86,15 @@ GIVEN = 1  # some of their uuids came from clients, who may send one twice
 LONG = 2  # an event's name or id may be over 200 bytes, which PostHog's v1 protocol refuses
 
 
+# What stands for the project in the books of events that carry another key than their project's.
+OTHER = "other"
+
+
+def label_of(project: str, key: str | None) -> str:
+    """Under which name events stand in books and metrics: a key is nobody's to read."""
+    return project if key is None else OTHER
+
+
 class Burial(NamedTuple):
     """Once an event was dead: when (µs), why, with which of PostHog's words, after how many requests."""
 
@@ -99,8 +108,9 @@ class Chunk(msgspec.Struct, frozen=True, kw_only=True):
     """Vouched events of one project, comma-joined, as raw deflate that ends on a full flush.
 
     `size` and `crc` (CRC-32) are of the bytes before compression. `key` is set only for events that
-    carry another key than their project's. `received_at` and `monotonic` are microseconds. `marks`
-    are `GIVEN` and `LONG`; `burials` is the past of a single event that was dead and is sent again.
+    carry another key than their project's, and never empty. `received_at` and `monotonic` are
+    microseconds. `marks` are `GIVEN` and `LONG`; `burials` is the past of a single event that was dead and
+    is sent again.
     """
 
     project: str

@@ -4,7 +4,7 @@ The books belong to the buffer, in whose transactions they are kept; here they a
 never runs ahead of the disk, and none is lost or counted twice by a crash.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -31,11 +31,11 @@ DEAD_REASONS = ("rejected", "too_large", "dropped", "too_long")
 
 
 class DeliveryFacts(NamedTuple):
-    """What is shown of one project's pace."""
+    """What is shown of one project's deliveries, or of all with keys that clients sent."""
 
     project: str
-    concurrency: int
-    held: str  # the reason; empty when it is not held
+    concurrency: int | None  # None where they have none of their own
+    held: Collection[str]  # the reasons; none when nothing is held
     ahead: int | None  # the host's clock, of PostHog's (µs)
 
 
@@ -167,9 +167,10 @@ class _Pulling(Collector):
         for facts in self._pulled.deliveries():
             if facts.ahead is not None:
                 ahead.add_metric([facts.project], facts.ahead / 1_000_000)
-            concurrency.add_metric([facts.project], facts.concurrency)
+            if facts.concurrency is not None:
+                concurrency.add_metric([facts.project], facts.concurrency)
             for reason in HOLDS:
-                held.add_metric([facts.project, reason], float(facts.held == reason))
+                held.add_metric([facts.project, reason], float(reason in facts.held))
         yield concurrency
         yield held
         yield ahead

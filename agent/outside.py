@@ -18,8 +18,9 @@ from agent.clock import Clock
 from agent.config import Config
 from agent.deliver.client import Client
 from agent.deliver.worker import Delivery
+from agent.events import OTHER
 from agent.metrics import DeliveryFacts, Metrics, Pulled
-from agent.status import AboutClock, Document, describe
+from agent.status import AboutClock, Document, describe, has_others
 from agent.timekeeper import Timekeeper
 
 log = structlog.get_logger("agent")
@@ -78,7 +79,8 @@ class Outside:
         self._metrics.pull(
             Pulled(
                 sources=[source.settings.name for source in self._sources],
-                projects=[project.name for project in self._config.projects],
+                projects=[project.name for project in self._config.projects]
+                + ([OTHER] if self._config.any_key else []),
                 drops_known=lambda: [source.settings.name for source in self._sources if source.drops_known],
                 turned_away=lambda: {
                     source.settings.name: source.turned_away
@@ -109,12 +111,16 @@ class Outside:
             DeliveryFacts(
                 delivery.project.name,
                 delivery.pace.concurrency,
-                delivery.pace.hold.reason if delivery.pace.hold else "",
+                (delivery.hold.reason,) if delivery.hold else (),
                 delivery.courier.ahead,
             )
             for delivery in self._deliveries
         ]
-        return facts + [DeliveryFacts(name, 0, "unconfigured", None) for name in self._unconfigured()]
+        facts += [DeliveryFacts(name, 0, ("unconfigured",), None) for name in self._unconfigured()]
+        if has_others(self._config, self._buffer.books(), self._deliveries):
+            held = {keys.reason for delivery in self._deliveries for keys in delivery.keys.clients()}
+            facts.append(DeliveryFacts(OTHER, None, held, None))
+        return facts
 
     def _unconfigured(self) -> list[str]:
         """Projects that have events in the buffer, but no place in the configuration any more."""

@@ -1,6 +1,7 @@
 """The status document: what a person or a script is told about a running agent, as JSON-able values."""
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from agent.accept.source import Source
 from agent.buffer import SHED_AT_THE_DOOR, Books, Buffer, Stats
 from agent.config import Config
 from agent.deliver.worker import Delivery
+from agent.events import OTHER
 from agent.units import format_time
 
 Document = dict[str, Any]
@@ -66,6 +68,7 @@ def describe(
             *(_project(delivery, books, monotonic, private=private) for delivery in deliveries),
             *_unconfigured(config, stats, books),
         ],
+        "other": _others(deliveries, books) if has_others(config, books, deliveries) else None,
         "clock": {
             "now": format_time(wall),
             "boot": clock.boot or None,
@@ -100,7 +103,7 @@ def _source(source: Source, books: Books) -> Document:
 
 
 def _project(delivery: Delivery, books: Books, monotonic: float, *, private: bool) -> Document:
-    name, hold, trouble = delivery.project.name, delivery.pace.hold, delivery.trouble
+    name, hold, trouble = delivery.project.name, delivery.hold, delivery.trouble
     ahead = delivery.courier.ahead
     return {
         "name": name,
@@ -112,6 +115,15 @@ def _project(delivery: Delivery, books: Books, monotonic: float, *, private: boo
             "since_seconds": round(monotonic - hold.since, 3),
             "next_probe_seconds": _until(hold.probe_at, monotonic),
         },
+        "held_keys": [
+            {
+                "reason": held.reason,
+                "keys": held.keys,
+                "since_seconds": round(monotonic - held.since, 3),
+                "next_probe_seconds": _until(held.probe_at, monotonic),
+            }
+            for held in delivery.keys.clients()
+        ],
         "protocol": delivery.courier.protocol,
         "clock_ahead_seconds": ahead and round(ahead / 1_000_000, 1),
         "concurrency": delivery.pace.concurrency,
@@ -119,7 +131,7 @@ def _project(delivery: Delivery, books: Books, monotonic: float, *, private: boo
         "next_try_seconds": _until(delivery.pace.ready_at, monotonic) if delivery.pace.waiting else None,
         "delivered": _total(books, "delivered", name),
         "dead": _by_reason(books, "dead", name),
-        "requests": {str(status): count for status, count in sorted(delivery.courier.statuses.items())},
+        "requests": _by_status(delivery.courier.statuses),
         "last_error": {"text": trouble.text, "at": format_time(trouble.at)} if trouble and private else None,
     }
 
@@ -137,6 +149,7 @@ def _unconfigured(config: Config, stats: Stats, books: Books) -> list[Document]:
             "name": name,
             "host": None,
             "held": {"reason": "unconfigured", "why": why, "since_seconds": None, "next_probe_seconds": None},
+            "held_keys": [],
             "protocol": None,
             "clock_ahead_seconds": None,
             "concurrency": 0,
@@ -149,6 +162,29 @@ def _unconfigured(config: Config, stats: Stats, books: Books) -> list[Document]:
         }
         for name in sorted(stats.unleased.keys() - configured)
     ]
+
+
+def has_others(config: Config, books: Books, deliveries: Sequence[Delivery]) -> bool:
+    """Whether there is anything to tell of events that carry another key than their project's."""
+    return (
+        config.any_key
+        or any(delivery.courier.other_statuses for delivery in deliveries)
+        or any(entry.label == OTHER for entry in books)
+    )
+
+
+def _others(deliveries: Sequence[Delivery], books: Books) -> Document:
+    """Events with keys that clients sent, of all projects: such a key has no name to be told by."""
+    requests: Counter[int] = sum((delivery.courier.other_statuses for delivery in deliveries), Counter())
+    return {
+        "delivered": _total(books, "delivered", OTHER),
+        "dead": _by_reason(books, "dead", OTHER),
+        "requests": _by_status(requests),
+    }
+
+
+def _by_status(statuses: Counter[int]) -> dict[str, int]:
+    return {str(status): count for status, count in sorted(statuses.items())}
 
 
 def _rejects(sources: Sequence[Source]) -> list[Document]:

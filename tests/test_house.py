@@ -32,6 +32,7 @@ ROOMS = {
     "agent.deliver": "deliver",
     "agent.deliver.cargo": "delivery logic",
     "agent.deliver.clocks": "delivery logic",
+    "agent.deliver.keys": "delivery logic",
     "agent.deliver.reply": "delivery logic",
     "agent.deliver.v1": "delivery logic",
     "agent.deliver.verdict": "delivery logic",

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.deliver.pace import HELD, OUTAGE, PROBE_SECONDS, Held, Hold, Pace, Pass
+from agent.deliver.pace import OUTAGE, PROBE_SECONDS, Hold, Pace, Pass
 from agent.deliver.verdict import Accepted, Refusal, Refused, Rejected, Retry, Split, Verdict
 
 
@@ -163,12 +163,14 @@ def test_a_short_outage_is_soon_forgotten() -> None:
         pace.record(admitted(pace, 30.0), Accepted(), 30.0, lowest)
 
 
-def test_a_hold_for_want_of_a_witness_slows_nothing() -> None:
-    """It was about events: when it is over, delivery goes on at once."""
+def test_a_held_key_comes_back_gently() -> None:
+    """What one key's events have to tell after hours of a hold is spread like after an outage."""
     pace = warm(linger=0.5)
-    pace.begin("rejected", "bad", 0.0, lowest)
-    pace.record(admitted(pace, 60.0), Accepted(), 60.0, lowest)
-    assert isinstance(pace.admit(60.0), Pass)
+    pace.ease(0.0, 3600.0)
+    leaves = admitted_all(pace, 3600.0)
+    assert (len(leaves), pace.concurrency, pace.hold) == (1, 1, None)
+    pace.record(leaves[0], Accepted(), 3600.0, lowest)
+    assert pace.admit(3600.0) == pytest.approx(0.5)
 
 
 def test_an_echo_is_heard_where_it_asks_for_time() -> None:
@@ -330,18 +332,6 @@ def test_without_max_attempts_the_breaker_never_opens() -> None:
         pace.record(admitted(pace, now), BUSY, now, highest)
         now = pace.ready_at
         assert pace.hold is None
-
-
-@pytest.mark.parametrize(("reason", "silence"), [("rejected", 60.0), ("unconfigured", inf), ("host", 45.0)])
-def test_the_worker_can_begin_a_hold(reason: Held, silence: float) -> None:
-    """A shipment without a witness holds for `cooldown`; a project without a key for good."""
-    pace = Pace(Settings())
-    leave = admitted(pace, 0.0)
-    pace.record(leave, Rejected("bad"), 1.0, lowest)
-    pace.begin(reason, "bad", 2.0, lowest)
-    assert pace.hold == (reason, "bad", 2.0, 2.0 + silence)
-    assert pace.admit(2.0) == silence
-    assert reason in HELD
 
 
 moves = st.lists(

@@ -168,9 +168,9 @@ async def test_without_a_witness_nobody_is_buried(mock_clock: MockClock) -> None
     sink = Sink(script=lambda _request: Reply(400, b"no"))
     async with delivering(sink, mock_clock) as out:
         await out.put([line(number) for number in range(100)])
-        await out.until(lambda: out.delivery.pace.hold is not None)
-        assert out.delivery.pace.hold is not None
-        assert out.delivery.pace.hold.reason == "rejected"
+        await out.until(lambda: out.delivery.hold is not None)
+        assert out.delivery.hold is not None
+        assert out.delivery.hold.reason == "rejected"
         assert out.buffer.stats().events == 100
         assert out.total("dead", "rejected") == 0
         sink._script = None
@@ -196,17 +196,17 @@ async def test_what_only_a_person_can_mend_holds(mock_clock: MockClock, reply: R
     sink = Sink(script=lambda _request: reply if wrong else None)
     async with delivering(sink, mock_clock) as out:
         await out.put([line(number) for number in range(50)])
-        await out.until(lambda: out.delivery.pace.hold is not None)
+        await out.until(lambda: out.delivery.hold is not None)
         began = trio.current_time()
-        assert out.delivery.pace.hold is not None
-        assert out.delivery.pace.hold.reason == reason
+        assert out.delivery.hold is not None
+        assert out.delivery.hold.reason == reason
         requests = sink.requests
         await out.until(lambda: sink.requests > requests)
         assert trio.current_time() - began >= 40
         assert out.buffer.stats().events == 50
         wrong = False
         await out.emptied()
-        assert out.delivery.pace.hold is None
+        assert out.delivery.hold is None
         assert numbers(sink) == list(range(50))
 
 
@@ -442,7 +442,7 @@ async def test_auto_falls_back_and_asks_again_later(mock_clock: MockClock) -> No
             await out.put([line(number)])
             await out.emptied()
         assert paths == ["/i/v1/analytics/events", "/batch/", "/batch/", "/batch/"]
-        assert out.delivery.pace.hold is None
+        assert out.delivery.hold is None
         assert out.delivery.courier.protocol == "batch"
         served = True
         for _ in range(8000):
@@ -458,10 +458,10 @@ async def test_v1_alone_is_held_where_it_is_not_served(mock_clock: MockClock) ->
     """The operator asked for it: the project waits, and its hold says what would help."""
     async with delivering(Sink(v1=False), mock_clock, protocol="v1") as out:
         await out.put([line(0)])
-        await out.until(lambda: out.delivery.pace.hold is not None)
-        assert out.delivery.pace.hold is not None
-        assert out.delivery.pace.hold.reason == "host"
-        assert "auto" in out.delivery.pace.hold.why
+        await out.until(lambda: out.delivery.hold is not None)
+        assert out.delivery.hold is not None
+        assert out.delivery.hold.reason == "host"
+        assert "auto" in out.delivery.hold.why
         assert out.buffer.stats().events == 1
 
 
@@ -469,9 +469,9 @@ async def test_a_host_that_serves_neither_is_held(mock_clock: MockClock) -> None
     """`auto` does not take a wrong host for an older one."""
     async with delivering(Sink(status=404), mock_clock, protocol="auto") as out:
         await out.put([line(0)])
-        await out.until(lambda: out.delivery.pace.hold is not None)
-        assert out.delivery.pace.hold is not None
-        assert out.delivery.pace.hold.reason == "host"
+        await out.until(lambda: out.delivery.hold is not None)
+        assert out.delivery.hold is not None
+        assert out.delivery.hold.reason == "host"
 
 
 # --- the way ---------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ acknowledged. When `settle` has returned, it no longer does. Everything between 
 """
 
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Container, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Literal, NamedTuple, Protocol
 
@@ -13,7 +13,7 @@ import msgspec
 import trio
 
 from agent import AgentError
-from agent.events import GIVEN, LONG, Burial, Chunk, Tally
+from agent.events import GIVEN, LONG, Burial, Chunk, Tally, label_of
 from agent.pack import crc32, deflate
 
 Shed = Literal["full_oldest", "full_newest", "expired", "damaged", "shutdown"]
@@ -23,6 +23,9 @@ SHED_AT_THE_DOOR: tuple[Shed, ...] = ("full_newest", "shutdown")
 
 # A board that is switched off each night, and waits three years for its network.
 CLOCKS_KEPT = 1000
+
+# What a delivery says that passes over nobody's events.
+NOBODY: Container[str | None] = frozenset()
 
 # How long leaving a lease's block may shield itself from cancellation to release or settle it.
 PARTING_SECONDS = 1.0
@@ -147,8 +150,13 @@ class Buffer(Protocol):
         for room; cancelled while it waits, the chunks are not taken.
         """
 
-    async def take(self, limits: Limits, project: str) -> Lease | None:
-        """Lease the oldest chunks of one project and key; None when there are none to lease."""
+    async def take(
+        self, limits: Limits, project: str, without: Container[str | None] = NOBODY
+    ) -> Lease | None:
+        """Lease the oldest chunks of one project and key; None when there are none to lease.
+
+        Keys take turns, and those in `without` (None is the project's own) are passed over.
+        """
 
     async def settle(
         self,
@@ -167,8 +175,13 @@ class Buffer(Protocol):
     async def release(self, lease: Lease) -> None:
         """Give the lease back untouched; it goes to the back."""
 
-    async def ready(self, project: str, events: int, linger: float) -> None:
-        """Return when `events` of a project wait to be leased, or some have waited `linger` seconds."""
+    async def ready(
+        self, project: str, events: int, linger: float, without: Container[str | None] = NOBODY
+    ) -> None:
+        """Return when `events` of a project wait to be leased, or some have waited `linger` seconds.
+
+        Those of keys in `without` do not count, whatever they do.
+        """
 
     async def note_clock(self, boot: str, ahead: int) -> None:
         """Remember how far the wall clock of this boot is ahead of its monotonic one (µs), for later boots.
@@ -274,15 +287,16 @@ def entries_settle(
     lease: Lease, dead: Sequence[DeadEvent], rest: Sequence[Chunk], damaged: int, warned: int
 ) -> Books:
     """What a settlement enters: what is neither dead, kept nor damaged was delivered."""
+    label = label_of(lease.project, lease.key)
     leased_events = sum(chunk.events for chunk in lease.chunks)
     kept = sum(chunk.events for chunk in rest)
     books = Books(
         {
-            Entry("delivered", lease.project, ""): leased_events - len(dead) - kept - damaged,
-            Entry("warned", lease.project, ""): warned,
-            Entry("shed", lease.project, "damaged"): damaged,
+            Entry("delivered", label, ""): leased_events - len(dead) - kept - damaged,
+            Entry("warned", label, ""): warned,
+            Entry("shed", label, "damaged"): damaged,
         }
     )
     for event in dead:
-        books[Entry("dead", lease.project, event.reason)] += 1
+        books[Entry("dead", label, event.reason)] += 1
     return +books

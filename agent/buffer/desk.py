@@ -1,12 +1,12 @@
 """Where callers ask for what is to be done with a store, and wait; and what of it is done at once."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Generic, TypeVar
 
 import msgspec
 import trio
 
-from agent.buffer import BufferBroken, DeadEvent, DeadLetter, Lease, LettersKept, Limits, Replayed
+from agent.buffer import NOBODY, BufferBroken, DeadEvent, DeadLetter, Lease, LettersKept, Limits, Replayed
 from agent.buffer.rows import Deposit, Settlement, Taking
 from agent.buffer.store import Store
 from agent.events import Chunk, Tally
@@ -88,9 +88,11 @@ class Desk:
             raise
         return asked.what.taken or 0
 
-    async def take(self, limits: Limits, project: str) -> Lease | None:
+    async def take(
+        self, limits: Limits, project: str, without: Container[str | None] = NOBODY
+    ) -> Lease | None:
         """See `Buffer.take`."""
-        asked = Asked[Taking](Taking(limits, project))
+        asked = Asked[Taking](Taking(limits, project, without))
         self._takings.append(asked)
         try:
             await self._done(asked)

@@ -1,96 +1,206 @@
-"""Which chunks may be taken next: a cursor for each project and key, and what is out on lease."""
+"""Which chunks may be taken next: a cursor for each project and key, and what is out on lease.
 
-from collections import deque
-from collections.abc import Iterable
+Clients make up keys, so of each project only so many lanes are known here. The chunks of all other keys are
+the project's *crowd*: they wait as they lie in the buffer, and when there is a place for one more lane, the
+next key of the crowd gets it. A key has a lane with all of its chunks, or none.
+"""
+
+from collections.abc import Callable, Container, Iterable, Iterator
+from typing import NamedTuple
 
 Lane = tuple[str, str | None]
+
+# Of each project; one takes 0.5 KB, and to look through all of them takes 0.1 ms. No host's programs report
+# to so many projects.
+MOST_LANES = 1024
+# Keys of which something was settled last. They never go to the crowd, so that a key that works does not wait
+# behind those that somebody makes up. Half of the lanes, so that the others are left to the crowd.
+MOST_WORKED = MOST_LANES // 2
 
 
 class Queue:
     """One lane's chunks by id: those behind the cursor were taken once; some of them came back.
 
     Ids rise as chunks are put. What is returned goes to the back: it is offered again once the cursor has
-    passed every chunk that was there when it came back.
+    passed every chunk that was there when it came back. `events` is those that wait, `leased` the chunks that
+    do not.
     """
 
-    def __init__(self) -> None:
+    __slots__ = ("chunks", "cursor", "events", "leased", "newest", "returned")
+
+    def __init__(self, chunks: int = 0, events: int = 0, newest: int = 0) -> None:
         self.cursor = 0
-        self.newest = 0
-        self.chunks = 0
-        self.returned: deque[tuple[int, int]] = deque()  # (id, offered once the cursor is here)
+        self.newest = newest
+        self.chunks = chunks
+        self.events = events
+        self.leased = 0
+        self.returned: dict[int, int] = {}  # an id is offered once the cursor is there
 
     def offer(self, limit: int) -> list[int]:
         """Ids that came back and are due again, oldest first."""
         due: list[int] = []
-        for chunk, after in self.returned:
+        for chunk, after in self.returned.items():
             if after > self.cursor or len(due) == limit:
                 break
             due.append(chunk)
         return due
 
-    def give_back(self, chunks: Iterable[int]) -> None:
-        """Chunks are no longer on lease."""
-        self.returned.extend((chunk, self.newest) for chunk in chunks)
+    def offer_all(self, limit: int) -> list[int]:
+        """The same where nothing lies beyond the cursor, as what was there has been shed."""
+        self.cursor = self.newest
+        return self.offer(limit)
 
-    def drop(self, chunk: int) -> None:
-        """A chunk that waited is gone."""
-        self.chunks -= 1
-        if chunk <= self.cursor:
-            self.returned = deque(entry for entry in self.returned if entry[0] != chunk)
+
+class Stranger(NamedTuple):
+    """A key of the crowd with all that it has: so many chunks and events, and the newest one's id."""
+
+    key: str
+    chunks: int
+    newest: int
+    events: int
+
+
+class _Project:
+    """The lanes of one project by key, in the order of their turns; and what its crowd has."""
+
+    def __init__(self) -> None:
+        self.queues: dict[str | None, Queue] = {}
+        self.worked: dict[str, None] = {}
+        self.crowd = 0  # chunks
+        self.events = 0  # that wait, in lanes and in the crowd
+        self.own_turn = False
+
+    @property
+    def has_place(self) -> bool:
+        """Whether one more key may have a lane."""
+        return len(self.queues) - (None in self.queues) < MOST_LANES
+
+    def admits(self, key: str | None) -> bool:
+        """Whether a key without a lane may have one now: only where it has nothing in the crowd."""
+        return key is None or key in self.worked or (not self.crowd and self.has_place)
+
+    def work(self, key: str) -> None:
+        """Events of this key were settled."""
+        self.worked.pop(key, None)
+        self.worked[key] = None
+        if len(self.worked) > MOST_WORKED:
+            del self.worked[next(iter(self.worked))]
 
 
 class Lanes:
-    """All lanes; those of one project take turns, so that no key waits for another's backlog."""
+    """All lanes; those of one project take turns, so that no key waits for another's backlog.
+
+    Every other turn is the project's own key's, however many others there are. `changed` collects how many
+    events wait in lanes whose number changed; who shows it empties it.
+    """
 
     def __init__(self) -> None:
-        self._queues: dict[str, dict[Lane, Queue]] = {}
         self.leased: set[int] = set()
+        self.changed: dict[Lane, int] = {}
+        self._projects: dict[str, _Project] = {}
 
-    def put(self, lane: Lane, chunk: int) -> None:
-        """A chunk is in the buffer."""
-        queue = self._queues.setdefault(lane[0], {}).setdefault(lane, Queue())
-        queue.newest = max(queue.newest, chunk)
-        queue.chunks += 1
+    @property
+    def waiting(self) -> dict[str, int]:
+        """The events of each project that nobody has on lease."""
+        return {name: project.events for name, project in self._projects.items() if project.events > 0}
 
-    def add(self, lane: Lane, chunks: int, newest: int) -> None:
-        """A lane was found in the database with so many chunks."""
-        queue = self._queues.setdefault(lane[0], {}).setdefault(lane, Queue())
-        queue.chunks, queue.newest = chunks, newest
+    def add(self, lane: Lane, chunks: int, newest: int, events: int) -> None:
+        """Chunks are in the buffer, all of one lane; the newest has this id."""
+        name, key = lane
+        project = self._projects.setdefault(name, _Project())
+        queue = project.queues.get(key)
+        if queue is None:
+            if not project.admits(key):
+                project.crowd += chunks
+                project.events += events
+                return
+            queue = project.queues[key] = Queue()
+        queue.newest = max(queue.newest, newest)
+        queue.chunks += chunks
+        self._wait(lane, queue, events)
 
-    def turns(self, project: str) -> list[tuple[Lane, Queue]]:
-        """The project's lanes, whose turn it is first."""
-        return list(self._queues.get(project, {}).items())
+    def turns(self, project: str, without: Container[str | None]) -> Iterator[tuple[Lane, Queue]]:
+        """The project's lanes that have something, whose turn it is first; without those of some keys."""
+        lanes = self._projects.get(project)
+        if lanes is None:
+            return
+        if lanes.own_turn and (own := lanes.queues.get(None)) and own.events > 0 and None not in without:
+            yield (project, None), own
+        for key, queue in lanes.queues.items():
+            if queue.events > 0 and key not in without:
+                yield (project, key), queue
 
-    def lease(self, lane: Lane, chunks: Iterable[int]) -> None:
+    def lease(self, lane: Lane, chunks: Iterable[int], events: int) -> None:
         """Chunks go out on lease, and their lane to the end of the turns."""
-        queues = self._queues[lane[0]]
-        queue = queues.pop(lane)
-        queues[lane] = queue
+        project, key = self._projects[lane[0]], lane[1]
+        queue = project.queues[key] = project.queues.pop(key)
+        project.own_turn = key is not None
         taken = set(chunks)
         self.leased |= taken
+        queue.leased += len(taken)
         queue.cursor = max(queue.cursor, *taken)
-        while queue.returned and queue.returned[0][0] in taken:
-            queue.returned.popleft()
+        for chunk in taken & queue.returned.keys():
+            del queue.returned[chunk]
+        self._wait(lane, queue, -events)
 
-    def give_back(self, lane: Lane, chunks: Iterable[int]) -> None:
-        """Leased chunks wait again, at the back."""
+    def give_back(self, lane: Lane, chunks: Iterable[int], events: int) -> None:
+        """Leased chunks wait again, at the back; those of a key that has not worked so far in the crowd."""
+        project, key = self._projects[lane[0]], lane[1]
+        queue = project.queues[key]
         again = list(chunks)
         self.leased.difference_update(again)
-        self._queues[lane[0]][lane].give_back(again)
+        queue.leased -= len(again)
+        queue.returned.update(dict.fromkeys(again, queue.newest))
+        self._wait(lane, queue, events)
+        if project.crowd and not queue.leased and key is not None and key not in project.worked:
+            del project.queues[key]
+            project.crowd += queue.chunks
+            self.changed[lane] = 0
 
     def forget(self, lane: Lane, chunks: Iterable[int]) -> None:
         """Leased chunks are settled."""
         done = set(chunks)
+        project, key = self._projects[lane[0]], lane[1]
+        queue = project.queues[key]
         self.leased -= done
-        self._queues[lane[0]][lane].chunks -= len(done)
-        self._tidy(lane)
+        queue.leased -= len(done)
+        queue.chunks -= len(done)
+        if key is not None and done:
+            project.work(key)
+        self._tidy(lane, queue)
 
-    def drop(self, lane: Lane, chunk: int) -> None:
+    def drop(self, lane: Lane, chunk: int, events: int) -> None:
         """A chunk that was not on lease is gone."""
-        self._queues[lane[0]][lane].drop(chunk)
-        self._tidy(lane)
+        project = self._projects[lane[0]]
+        queue = project.queues.get(lane[1])
+        if queue is None:
+            project.crowd -= 1
+            project.events -= events
+            return
+        queue.chunks -= 1
+        queue.returned.pop(chunk, None)
+        self._wait(lane, queue, -events)
+        self._tidy(lane, queue)
 
-    def _tidy(self, lane: Lane) -> None:
+    def welcome(self, next_stranger: Callable[[str, Container[str | None]], Stranger | None]) -> None:
+        """Give the places that are free to keys of the crowd: `next_stranger` knows who has none yet."""
+        for name, project in self._projects.items():
+            while project.crowd > 0 and project.has_place:
+                stranger = next_stranger(name, project.queues.keys())
+                if stranger is None:
+                    break
+                key, chunks, newest, events = stranger
+                project.queues[key] = Queue(chunks, events, newest)
+                project.crowd -= chunks
+                self.changed[name, key] = events
+
+    def _wait(self, lane: Lane, queue: Queue, events: int) -> None:
+        """So many events more wait in a lane."""
+        queue.events += events
+        self._projects[lane[0]].events += events
+        self.changed[lane] = queue.events
+
+    def _tidy(self, lane: Lane, queue: Queue) -> None:
         """Forget an empty lane: keys that clients make up must not be kept for ever."""
-        if self._queues[lane[0]][lane].chunks <= 0:
-            del self._queues[lane[0]][lane]
+        if queue.chunks <= 0:
+            del self._projects[lane[0]].queues[lane[1]]

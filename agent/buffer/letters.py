@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from agent.buffer import DeadEvent, DeadLetter, Entry
 from agent.buffer.rows import Change, read_burials, told_burials
+from agent.events import label_of
 
 INSERT = """INSERT INTO dead
     (project, key, event, reason, detail, at, received_at, boot, monotonic, marks, attempts, burials)
@@ -49,7 +50,7 @@ class Letters:
     def take_out(self, letter: DeadLetter, joint: str, change: Change) -> None:
         """A letter leaves, which is entered at `joint`."""
         self._forget(letter.id, len(letter.event), change)
-        change.books[Entry(joint, letter.project, "")] += 1
+        change.books[Entry(joint, label_of(letter.project, letter.key), "")] += 1
 
     def _forget(self, ident: int, size: int, change: Change) -> None:
         self._connection.execute("DELETE FROM dead WHERE id = ?", (ident,))

@@ -6,7 +6,7 @@ disk must not be written.
 
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Container, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from itertools import islice
 
@@ -16,6 +16,7 @@ import trio
 from agent import config
 from agent.buffer import (
     CLOCKS_KEPT,
+    NOBODY,
     Books,
     DeadEvent,
     DeadLetter,
@@ -30,12 +31,12 @@ from agent.buffer import (
     revived,
     too_old_at,
 )
-from agent.buffer.lanes import Lanes
+from agent.buffer.lanes import Lane, Lanes, Queue, Stranger
 from agent.buffer.waiting import Waiting
-from agent.events import Chunk, Tally
+from agent.events import Chunk, Tally, label_of
 
-# A chunk's objects beside its packed bytes; sys.getsizeof of them, rounded up.
-CHUNK_OVERHEAD = 500
+# A chunk's objects beside its packed bytes, with a key of its own; sys.getsizeof of them, rounded up.
+CHUNK_OVERHEAD = 800
 # Dead letters take at most this part of the bound.
 DEAD_SHARE = 10
 
@@ -49,6 +50,7 @@ class MemoryBuffer:
         self._settings = settings
         self._max_age = int(settings.max_age * 1_000_000)
         self._chunks: dict[int, Chunk] = {}
+        self._lines: dict[str, dict[str | None, dict[int, Chunk]]] = {}  # the same by project and key
         self._lanes = Lanes()
         self._last = 0
         self._bytes = 0
@@ -57,7 +59,6 @@ class MemoryBuffer:
         self._last_letter = 0
         self._clocks: dict[str, int] = {}
         self._books: Books = Counter()
-        self._available: Counter[str] = Counter()
         self._waiting = Waiting()
         self._room = trio.Event()
         self._queue = trio.StrictFIFOLock()
@@ -99,8 +100,8 @@ class MemoryBuffer:
         self._last += 1
         self._chunks[self._last] = chunk
         self._bytes += _cost(chunk)
-        self._available[chunk.project] += chunk.events
-        self._lanes.put((chunk.project, chunk.key), self._last)
+        self._lines.setdefault(chunk.project, {}).setdefault(chunk.key, {})[self._last] = chunk
+        self._lanes.add((chunk.project, chunk.key), 1, self._last, chunk.events)
 
     def _make_room(self, size: int) -> bool:
         """Whether so many bytes fit, if need be by shedding the oldest chunks that are not on lease."""
@@ -123,34 +124,49 @@ class MemoryBuffer:
                 self._shed(ident, "expired")
 
     def _shed(self, ident: int, why: str) -> None:
+        chunk = self._remove(ident)
+        self._books[Entry("shed", label_of(chunk.project, chunk.key), why)] += chunk.events
+        self._lanes.drop((chunk.project, chunk.key), ident, chunk.events)
+
+    def _remove(self, ident: int) -> Chunk:
         chunk = self._chunks.pop(ident)
         self._bytes -= _cost(chunk)
-        self._available[chunk.project] -= chunk.events
-        self._books[Entry("shed", chunk.project, why)] += chunk.events
-        self._lanes.drop((chunk.project, chunk.key), ident)
+        lines = self._lines[chunk.project]
+        del lines[chunk.key][ident]
+        if not lines[chunk.key]:
+            del lines[chunk.key]
+        return chunk
 
-    async def take(self, limits: Limits, project: str) -> Lease | None:
+    async def take(
+        self, limits: Limits, project: str, without: Container[str | None] = NOBODY
+    ) -> Lease | None:
         """See `Buffer.take`."""
         await trio.lowlevel.checkpoint()
         self._expire()
-        for lane, queue in self._lanes.turns(project):
-            again = queue.offer(limits.events)
-            fresh = [
-                ident
-                for ident, chunk in self._chunks.items()
-                if ident > queue.cursor and (chunk.project, chunk.key) == lane
-            ]
-            ids = self._fit(again + fresh, limits)
+        for lane, queue in self._lanes.turns(project, without):
+            ids = self._fit(self._candidates(lane, queue, limits.events), limits)
             if ids:
                 chunks = tuple(self._chunks[ident] for ident in ids)
-                self._lanes.lease(lane, ids)
-                self._available[project] -= sum(chunk.events for chunk in chunks)
+                self._lanes.lease(lane, ids, sum(chunk.events for chunk in chunks))
                 self._show()
                 until = too_old_at(chunks, self._max_age)
                 return Lease(project=project, key=lane[1], chunks=chunks, ids=tuple(ids), until=until)
         return None
 
-    def _fit(self, ids: Sequence[int], limits: Limits) -> list[int]:
+    def _candidates(self, lane: Lane, queue: Queue, most: int) -> Sequence[int]:
+        """The lane's chunks that may be leased, those that came back first."""
+        fresh = (ident for ident in self._lines[lane[0]][lane[1]] if ident > queue.cursor)
+        return [*queue.offer(most), *islice(fresh, most)] or queue.offer_all(most)
+
+    def _next_stranger(self, project: str, known: Container[str | None]) -> Stranger | None:
+        """The next key without a lane; what came back stands at the end."""
+        for key, line in self._lines[project].items():
+            if key is not None and key not in known:
+                events = sum(chunk.events for chunk in line.values())
+                return Stranger(key, len(line), next(reversed(line)), events)
+        return None
+
+    def _fit(self, ids: Iterable[int], limits: Limits) -> list[int]:
         events = size = 0
         fitting: list[int] = []
         for ident in ids:
@@ -170,11 +186,11 @@ class MemoryBuffer:
         warned: int = 0,
     ) -> None:
         """See `Buffer.settle`."""
-        for ident in lease.ids:
-            self._bytes -= _cost(self._chunks.pop(ident))
-        self._lanes.forget((lease.project, lease.key), lease.ids)
         for chunk in rest:
             self._insert(chunk)
+        for ident in lease.ids:
+            self._remove(ident)
+        self._lanes.forget((lease.project, lease.key), lease.ids)
         for event in dead:
             self._bury(event)
         self._books.update(entries_settle(lease, dead, rest, damaged, warned))
@@ -216,7 +232,7 @@ class MemoryBuffer:
             if self._bytes + _cost(chunk) > self._settings.max_size:
                 return Replayed(number, full=True)
             self._forget(letter.id)
-            self._books[Entry("replayed", letter.project, "")] += 1
+            self._books[Entry("replayed", label_of(letter.project, letter.key), "")] += 1
             self._insert(chunk)
             self._show()
         return Replayed(len(letters), full=False)
@@ -227,24 +243,30 @@ class MemoryBuffer:
         letters = [self._dead[ident] for ident in dict.fromkeys(ids) if ident in self._dead]
         for letter in letters:
             self._forget(letter.id)
-            self._books[Entry("purged", letter.project, "")] += 1
+            self._books[Entry("purged", label_of(letter.project, letter.key), "")] += 1
         return len(letters)
 
     async def release(self, lease: Lease) -> None:
         """See `Buffer.release`."""
         if lease.ids[0] in self._lanes.leased:
-            self._lanes.give_back((lease.project, lease.key), lease.ids)
-            self._available[lease.project] += sum(chunk.events for chunk in lease.chunks)
+            events = sum(chunk.events for chunk in lease.chunks)
+            self._lanes.give_back((lease.project, lease.key), lease.ids, events)
+            lines = self._lines[lease.project]
+            lines[lease.key] = lines.pop(lease.key)
             self._show()
         await trio.lowlevel.checkpoint()
 
-    async def ready(self, project: str, events: int, linger: float) -> None:
+    async def ready(
+        self, project: str, events: int, linger: float, without: Container[str | None] = NOBODY
+    ) -> None:
         """See `Buffer.ready`."""
-        await self._waiting.ready(project, events, linger)
+        await self._waiting.ready(project, events, linger, without)
 
     def _show(self) -> None:
         """What changed becomes visible to those who wait."""
-        self._waiting.show(self._available)
+        self._lanes.welcome(self._next_stranger)
+        self._waiting.show(self._lanes.changed)
+        self._lanes.changed.clear()
         self._room.set()
         self._room = trio.Event()
 
@@ -270,7 +292,7 @@ class MemoryBuffer:
             oldest=next((chunk.received_at for chunk in self._chunks.values()), None),
             dead_letters=len(self._dead),
             waiting=self._callers,
-            unleased=dict(+self._available),
+            unleased=self._lanes.waiting,
         )
 
     def books(self) -> Books:

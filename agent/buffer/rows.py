@@ -1,7 +1,7 @@
 """The buffer's statements, what they are asked for, and what a transaction changes beside its rows."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 
 import msgspec
 
@@ -19,9 +19,6 @@ COUNT_LANES = """SELECT project, key, count(*), max(id), sum(events), sum(bytes)
     FROM chunk GROUP BY project, key"""
 CHUNK_BY_ID = """SELECT events, size, crc, received_at, boot, monotonic, packed, marks, burials
     FROM chunk WHERE id = ?"""
-SIZE_BY_ID = "SELECT id, events, size FROM chunk WHERE id = ?"
-SIZES_BEYOND_CURSOR = """SELECT id, events, size FROM chunk
-    WHERE project = ? AND key IS ? AND id > ? ORDER BY id LIMIT ?"""
 OLDEST = "SELECT id, project, key, events, bytes, received_at FROM chunk ORDER BY id"
 
 NOTE_CLOCK = "INSERT OR REPLACE INTO clock (boot, ahead) VALUES (?, ?)"
@@ -64,6 +61,7 @@ class Taking(msgspec.Struct, eq=False):
 
     limits: Limits
     project: str
+    without: Container[str | None]
     lease: Lease | None = None
 
 
@@ -71,7 +69,6 @@ class Change(msgspec.Struct):
     """What a transaction does beside its rows; applied once it is committed."""
 
     books: Books = msgspec.field(default_factory=Counter)
-    available: Counter[str] = msgspec.field(default_factory=Counter)  # events by project
     events: int = 0
     bytes: int = 0
     dead_letters: int = 0

@@ -7,7 +7,7 @@ cancelled leaves its group intact. Nobody else ever touches the connection.
 
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Container, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from math import inf
@@ -17,7 +17,7 @@ import structlog
 import trio
 
 from agent import config
-from agent.buffer import Books, BufferBroken, Stats
+from agent.buffer import NOBODY, Books, BufferBroken, Stats
 from agent.buffer.desk import Asked, Desk, Group, ring
 from agent.buffer.rows import Settlement
 from agent.buffer.store import Store
@@ -49,9 +49,11 @@ class SqliteBuffer(Desk):
         self.trouble = ""
         self._show()
 
-    async def ready(self, project: str, events: int, linger: float) -> None:
+    async def ready(
+        self, project: str, events: int, linger: float, without: Container[str | None] = NOBODY
+    ) -> None:
         """See `Buffer.ready`."""
-        await self._waiting.ready(project, events, linger)
+        await self._waiting.ready(project, events, linger, without)
 
     def stats(self) -> Stats:
         """See `Buffer.stats`."""
@@ -149,6 +151,7 @@ class SqliteBuffer(Desk):
                 errand.what.work(self._store)
             except sqlite3.Error as error:
                 errand.what.error = str(error)
+        self._store.welcome()
 
     def _settle_alone(self, group: Group, settlements: Sequence[Settlement], now: int) -> None:
         """Deliveries must go on when there is no room for what comes in: they are what makes room."""
@@ -170,9 +173,10 @@ class SqliteBuffer(Desk):
             oldest=store.oldest,
             dead_letters=store.letters.count,
             waiting=0,
-            unleased=dict(+store.available),
+            unleased=store.lanes.waiting,
         )
-        self._waiting.show(store.available)
+        self._waiting.show(store.lanes.changed)
+        store.lanes.changed.clear()
 
     def _tell_trouble(self, error: str) -> None:
         """One line when writing begins to fail, one when it works again."""

@@ -19,7 +19,8 @@ from agent.buffer import (
     too_old_at,
 )
 from agent.buffer.file import PAGE_BYTES, Ownership, Room, connect, disk_bytes
-from agent.buffer.lanes import Lane, Lanes, Queue
+from agent.buffer.lane_rows import LaneRows
+from agent.buffer.lanes import Lane, Lanes
 from agent.buffer.letters import Letters
 from agent.buffer.rows import (
     CHUNK_BY_ID,
@@ -30,8 +31,6 @@ from agent.buffer.rows import (
     NOTE_CLOCK,
     OLDEST,
     ROW_BYTES,
-    SIZE_BY_ID,
-    SIZES_BEYOND_CURSOR,
     UPDATE_CHUNK,
     Change,
     Deposit,
@@ -41,7 +40,7 @@ from agent.buffer.rows import (
     row_of,
     same_origin,
 )
-from agent.events import Chunk
+from agent.events import Chunk, label_of
 
 
 class Store:
@@ -59,7 +58,9 @@ class Store:
         except BaseException:
             self._ownership.close()
             raise
-        self._lanes = Lanes()
+        self.lanes = Lanes()
+        self._leases: set[Lease] = set()  # neither settled nor released
+        self._rows = LaneRows(self._connection)
         self._load()
 
     def _load(self) -> None:
@@ -68,11 +69,9 @@ class Store:
         self.books: Books = Counter()
         for joint, label, reason, total in run("SELECT joint, label, reason, total FROM books"):
             self.books[Entry(joint, label, reason)] = total
-        self.available: Counter[str] = Counter()  # events of each project that may be leased
         self.events = self.bytes = 0
         for project, key, chunks, newest, events, size in run(COUNT_LANES):
-            self._lanes.add((project, key), chunks, newest)
-            self.available[project] += events
+            self.lanes.add((project, key), chunks, newest, events)
             self.events += events
             self.bytes += size
         self.letters = Letters(self._connection, self.max_size)
@@ -129,7 +128,6 @@ class Store:
         for step in change.lanes:
             step()
         self.books.update(change.books)
-        self.available.update(change.available)
         self.events += change.events
         self.bytes += change.bytes
         self.letters.apply(change)
@@ -174,7 +172,7 @@ class Store:
         ident = self._connection.execute(INSERT_CHUNK, row_of(chunk)).lastrowid
         assert ident is not None  # noqa: S101  # an INSERT has one
         self._count(chunk, change)
-        change.lanes.append(lambda: self._lanes.put(lane, ident))
+        change.lanes.append(lambda: self.lanes.add(lane, 1, ident, chunk.events))
 
     def _make_room(self, size: int, change: Change) -> bool:
         """Whether so many bytes fit, if need be by shedding the oldest chunks that are not on lease."""
@@ -198,7 +196,7 @@ class Store:
 
     def _waiting_rows(self, limit: int) -> Iterator[tuple[int, str, str | None, int, int, int]]:
         """The oldest chunks that are not on lease."""
-        leased = self._lanes.leased
+        leased = self.lanes.leased
         for row in self._connection.execute(f"{OLDEST} LIMIT ?", (limit,)):
             if row[0] not in leased:
                 yield row
@@ -206,11 +204,10 @@ class Store:
     def _shed(self, row: tuple[int, str, str | None, int, int, int], why: Shed, change: Change) -> None:
         ident, project, key, events, size, _ = row
         self._connection.execute("DELETE FROM chunk WHERE id = ?", (ident,))
-        change.books[Entry("shed", project, why)] += events
-        change.available[project] -= events
+        change.books[Entry("shed", label_of(project, key), why)] += events
         change.events -= events
         change.bytes -= size
-        change.lanes.append(lambda: self._lanes.drop((project, key), ident))
+        change.lanes.append(lambda: self.lanes.drop((project, key), ident, events))
 
     def _expire(self, now: int, change: Change) -> None:
         """Shed what is older than `max_age`; chunks lie about in the order of their age."""
@@ -225,10 +222,10 @@ class Store:
 
     def take(self, taking: Taking) -> None:
         """Lease the oldest chunks of one of the project's lanes; writes nothing."""
-        for lane, queue in self._lanes.turns(taking.project):
+        for lane, queue in self.lanes.turns(taking.project, taking.without):
             ids: list[int] = []
             events = size = 0
-            for ident, more_events, more_size in self._candidates(lane, queue, taking.limits.events):
+            for ident, more_events, more_size in self._rows.candidates(lane, queue, taking.limits.events):
                 events, size = events + more_events, size + more_size
                 if ids and (events > taking.limits.events or size > taking.limits.size):
                     break
@@ -236,23 +233,22 @@ class Store:
             if ids:
                 rows = [self._connection.execute(CHUNK_BY_ID, (ident,)).fetchone() for ident in ids]
                 chunks = tuple(chunk_of(lane, row) for row in rows)
-                self._lanes.lease(lane, ids)
-                self.available[lane[0]] -= sum(chunk.events for chunk in chunks)
+                self.lanes.lease(lane, ids, sum(chunk.events for chunk in chunks))
                 until = too_old_at(chunks, self._max_age)
                 taking.lease = Lease(project=lane[0], key=lane[1], chunks=chunks, ids=tuple(ids), until=until)
+                self._leases.add(taking.lease)
                 return
 
-    def _candidates(self, lane: Lane, queue: Queue, most: int) -> Iterator[tuple[int, int, int]]:
-        """The lane's chunks that may be leased, those that came back first: id, events, size."""
-        for ident in queue.offer(most):
-            yield self._connection.execute(SIZE_BY_ID, (ident,)).fetchone()
-        yield from self._connection.execute(SIZES_BEYOND_CURSOR, (*lane, queue.cursor, most))
+    def welcome(self) -> None:
+        """Let keys that wait in a crowd have the lanes that are free."""
+        self.lanes.welcome(self._rows.next_stranger)
 
     def release(self, lease: Lease) -> None:
         """Give a lease back; nothing where it was settled."""
-        if lease.ids and lease.ids[0] in self._lanes.leased:
-            self._lanes.give_back((lease.project, lease.key), lease.ids)
-            self.available[lease.project] += sum(chunk.events for chunk in lease.chunks)
+        if lease in self._leases:
+            self._leases.discard(lease)
+            events = sum(chunk.events for chunk in lease.chunks)
+            self.lanes.give_back((lease.project, lease.key), lease.ids, events)
 
     def _settle(self, settlement: Settlement, change: Change) -> None:
         """Forget the lease, bury the dead, keep the rest in its chunks' places."""
@@ -268,16 +264,21 @@ class Store:
         change.books.update(entries)
         change.events -= sum(chunk.events for chunk in lease.chunks)
         change.bytes -= sum(len(chunk.packed) for chunk in lease.chunks)
-        change.lanes.append(lambda: self._lanes.give_back(lane, kept))
-        change.lanes.append(lambda: self._lanes.forget(lane, gone))
+        change.lanes.append(lambda: self._leases.discard(lease))
+        change.lanes.append(lambda: self.lanes.forget(lane, gone))
+        if kept:
+            events = sum(kept.values())
+            change.lanes.append(lambda: self.lanes.give_back(lane, kept, events))
 
-    def _keep(self, lease: Lease, rest: Sequence[Chunk], change: Change) -> list[int]:
-        """Write what is left of the lease's chunks over them; the ids that stay."""
+    def _keep(self, lease: Lease, rest: Sequence[Chunk], change: Change) -> dict[int, int]:
+        """Write what is left of the lease's chunks over them; the ids that stay, and their events."""
         places = dict(zip(lease.ids, lease.chunks, strict=True))
-        kept = [ident for ident, chunk in places.items() if any(chunk is whole for whole in rest)]
-        untouched = [places.pop(ident) for ident in kept]
+        left = {id(chunk) for chunk in rest}
+        kept = {ident: chunk.events for ident, chunk in places.items() if id(chunk) in left}
+        untouched = {id(places.pop(ident)) for ident in kept}
         for chunk in rest:
-            if any(chunk is whole for whole in untouched):
+            if id(chunk) in untouched:
+                self._count(chunk, change)
                 continue
             ident = next((place for place, old in places.items() if same_origin(old, chunk)), None)
             if ident is None:
@@ -287,14 +288,11 @@ class Store:
             values = (chunk.events, chunk.size, chunk.crc, len(chunk.packed), chunk.packed, ident)
             self._connection.execute(UPDATE_CHUNK, values)
             self._count(chunk, change)
-            kept.append(ident)
-        for chunk in untouched:
-            self._count(chunk, change)
+            kept[ident] = chunk.events
         return kept
 
     def _count(self, chunk: Chunk, change: Change) -> None:
-        """A chunk is in the buffer and may be leased."""
-        change.available[chunk.project] += chunk.events
+        """A chunk is in the buffer."""
         change.events += chunk.events
         change.bytes += len(chunk.packed)
 

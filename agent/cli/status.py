@@ -64,6 +64,8 @@ def _show(document: Document) -> None:
     for project in document["projects"]:
         for line in _project(project, escape):
             console.print(line)
+    if others := document["other"]:
+        console.print(_others(others))
     for line in _clock(document):
         console.print(line)
     console.print(_books(document["books"]))
@@ -105,22 +107,39 @@ def _buffer(buffer: Document) -> Iterator[str]:
 
 
 def _project(project: Document, escape: Any) -> Iterator[str]:
-    dead = sum(project["dead"].values())
-    requests = ", ".join(f"{status}: {count:,}" for status, count in project["requests"].items())
     yield (
         f"[bold]project {project['name']}[/] to {escape(project['host'] or 'nowhere')}: "
-        f"{project['delivered']:,} delivered, {dead:,} dead; answers {requests or 'none yet'}; "
-        f"up to {project['concurrency']} at once"
+        f"{_outcomes(project)}; up to {project['concurrency']} at once"
     )
     if held := project["held"]:
-        since = f" for {_age(held['since_seconds'])}" if held["since_seconds"] is not None else ""
-        seconds = held["next_probe_seconds"]
-        probe = f"; next try in {_age(seconds)}" if seconds is not None else ""
-        yield f"  [red]held ({held['reason']}){since}[/]: {escape(held['why'])}{probe}"
+        yield f"  [red]held ({held['reason']}){_since(held)}[/]: {escape(held['why'])}{_probe(held)}"
+    for held in project["held_keys"]:
+        keys = f"{held['keys']} key" + ("s" if held["keys"] != 1 else "")
+        yield f"  [red]{keys} of clients held ({held['reason']}){_since(held)}[/]{_probe(held)}"
     if (seconds := project["next_try_seconds"]) is not None:
         yield f"  [yellow]waits after {project['failures']} failures[/]; next try in {_age(seconds)}"
     if error := project["last_error"]:
         yield f"  [dim]last error {error['at']}[/] {escape(error['text'])}"
+
+
+def _others(others: Document) -> str:
+    return f"[bold]keys of clients[/]: {_outcomes(others)}"
+
+
+def _outcomes(document: Document) -> str:
+    requests = ", ".join(f"{status}: {count:,}" for status, count in document["requests"].items())
+    dead = sum(document["dead"].values())
+    return f"{document['delivered']:,} delivered, {dead:,} dead; answers {requests or 'none yet'}"
+
+
+def _since(held: Document) -> str:
+    seconds = held["since_seconds"]
+    return f" for {_age(seconds)}" if seconds is not None else ""
+
+
+def _probe(held: Document) -> str:
+    seconds = held["next_probe_seconds"]
+    return f"; next try in {_age(seconds)}" if seconds is not None else ""
 
 
 def _clock(document: Document) -> Iterator[str]:

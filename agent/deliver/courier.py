@@ -18,7 +18,7 @@ from agent.deliver.client import BODY_START, Reply
 from agent.deliver.clocks import Clocks, told, written
 from agent.deliver.reply import read_reply, server_clock
 from agent.deliver.verdict import Absent, Batch, Damaged, Refused, Retry, Verdict
-from agent.events import Instant
+from agent.events import Instant, label_of
 from agent.metrics import Metrics
 
 log = structlog.get_logger("deliver")
@@ -46,7 +46,10 @@ class Attempt(NamedTuple):
 
 
 class Courier:
-    """One project's way out. `ahead`: how far the host's clock is ahead of PostHog's (µs), None: unknown."""
+    """One project's way out. `ahead`: how far the host's clock is ahead of PostHog's (µs), None: unknown.
+
+    `statuses` are of requests with the project's own key, `other_statuses` of those with keys of clients.
+    """
 
     def __init__(
         self,
@@ -57,6 +60,7 @@ class Courier:
         clocks: Callable[[], Mapping[str, int]],
     ) -> None:
         self.statuses: Counter[int] = Counter()
+        self.other_statuses: Counter[int] = Counter()
         self.ahead: int | None = None
         self._project = project
         self._settings = project.delivery
@@ -122,9 +126,10 @@ class Courier:
         )
         if isinstance(body, Damaged):
             return body
-        reply = await self._post(self._batch_url, body, self._headers, BODY_START)
+        reply = await self._post(batch, self._batch_url, body, self._headers, BODY_START)
         if isinstance(reply, Reply):
-            return read_reply(reply.status, reply.headers, reply.body_start, self._now().wall)
+            now = self._now().wall
+            return read_reply(reply.status, reply.headers, reply.body_start, now, key=self._key(batch))
         return reply
 
     async def _by_v1(self, batch: Batch, attempt: Attempt) -> Verdict | Damaged | Absent:
@@ -146,20 +151,21 @@ class Courier:
             request_timestamp=written(batch.pieces[0].received_at if moment is None else moment),
         )
         most = BODY_START + v1.RESULT_BYTES * batch.events
-        reply = await self._post(self._v1_url, body, headers, most)
+        reply = await self._post(batch, self._v1_url, body, headers, most)
         if isinstance(reply, Reply):
-            return v1.read(reply.status, reply.headers, reply.body_start, self._now().wall)
+            now = self._now().wall
+            return v1.read(reply.status, reply.headers, reply.body_start, now, key=self._key(batch))
         return reply
 
     async def _post(
-        self, url: str, body: bytes, headers: Mapping[str, str], most: int
+        self, batch: Batch, url: str, body: bytes, headers: Mapping[str, str], most: int
     ) -> Reply | Retry | Refused:
         """One request, measured and counted."""
         started = trio.current_time()
         reply = await self._client.post(url, body, headers, most=most)
         status = reply.status if isinstance(reply, Reply) else 0
-        self.statuses[status] += 1
-        self._metrics.requests.labels(self._project.name, str(status)).inc()
+        (self.statuses if batch.key is None else self.other_statuses)[status] += 1
+        self._metrics.requests.labels(label_of(self._project.name, batch.key), str(status)).inc()
         self._metrics.request_seconds.observe(trio.current_time() - started)
         self._metrics.request_body_bytes.observe(len(body))
         if isinstance(reply, Reply):

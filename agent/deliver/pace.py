@@ -12,7 +12,6 @@ from typing import Literal, NamedTuple, Protocol
 from agent.deliver.verdict import Accepted, Refused, Retry, Verdict
 
 Held = Literal["key", "billing", "host", "breaker", "rejected", "unconfigured"]
-HELD: tuple[Held, ...] = Held.__args__  # type: ignore[attr-defined]  # typing keeps the values there
 
 # Draws a number between two others, each as likely (`random.uniform`).
 Uniform = Callable[[float, float], float]
@@ -82,6 +81,13 @@ class Hold(NamedTuple):
     probe_at: float
 
 
+def silence(reason: Held, cooldown: float, uniform: Uniform) -> float:
+    """How long nobody asks after a hold began, or a probe failed (s)."""
+    if reason in ("rejected", "breaker"):
+        return uniform(cooldown, cooldown * COOLDOWN_SPREAD)
+    return uniform(*PROBE_SECONDS)
+
+
 class Pace:
     """One project's state: flowing, waiting between two tries, or held.
 
@@ -90,7 +96,8 @@ class Pace:
       A `Retry` among acceptances halves it, and only the batch that met it waits.
     - *Waiting*: after `OUTAGE` of them without an acceptance between, or one that says when to come back.
       When the wait is over one request goes out as a probe; what it brings decides for all.
-    - *Held*: like waiting, but a person or PostHog has to change something. Only an acceptance ends it.
+    - *Held*: like waiting, but a person or PostHog has to change something. Only an acceptance ends it. Of
+      what is refused for its key alone it is not told: that is for `keys`.
 
     After waiting or being held the window begins at 1, and the rate of requests at that of quiet times.
 
@@ -195,25 +202,21 @@ class Pace:
                     self.hold = self.hold and self.hold._replace(probe_at=self._ready_at)
                 return self._backoff(uniform)
             case Refused(hold=reason, why=why) if not echo or self.hold is None:
-                self.begin(reason, why, now, uniform)
+                self._hold(reason, why, now, now + self._silence(reason, uniform))
         return 0.0
 
-    def begin(self, reason: Held, why: str, now: float, uniform: Uniform) -> None:
-        """Hold the project, or go on holding it; a reason that stays keeps its `since`.
+    def ease(self, since: float, now: float) -> None:
+        """Events that were held for their key since then go out again: gently, as after an outage."""
+        self._once_too_much = max(1.0, self._window / 2)
+        self._window = 1.0
+        self._recover(since, now)
 
-        `Refused` does this by itself; the worker does it where a shipment ends as `rejected`, and where a
-        project is `unconfigured`, which no probe can change.
-        """
-        self._hold(reason, why, now, now + self._silence(reason, uniform))
+    def _recover(self, since: float, now: float) -> None:
+        beyond = now - since - self._manners.backoff_max
+        self._ramp = Ramp(now, min(beyond, RAMP_SECONDS)) if beyond > 0 else None
 
     def _silence(self, reason: Held, uniform: Uniform) -> float:
-        cooldown = self._manners.cooldown
-        match reason:
-            case "unconfigured":
-                return inf
-            case "rejected" | "breaker":
-                return uniform(cooldown, cooldown * COOLDOWN_SPREAD)
-        return uniform(*PROBE_SECONDS)
+        return silence(reason, self._manners.cooldown, uniform)
 
     def _hold(self, reason: Held, why: str, now: float, probe_at: float) -> None:
         if self.hold is None:
@@ -233,9 +236,7 @@ class Pace:
     def _flow(self, now: float) -> None:
         """An acceptance: what was in doubt is over, and the window grows if somebody waits for room."""
         if self._doubtful:
-            if self.hold is None or self.hold.reason != "rejected":  # that was about events
-                beyond = now - self._troubled_since - self._manners.backoff_max
-                self._ramp = Ramp(now, min(beyond, RAMP_SECONDS)) if beyond > 0 else None
+            self._recover(self._troubled_since, now)
             self.hold, self._waiting = None, False
             self._turn()
         self.failures = 0

@@ -12,6 +12,8 @@ from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from urllib.parse import urlsplit
 
+import msgspec
+
 from agent.deliver.clocks import EPOCH
 from agent.deliver.verdict import Accepted, Refused, Rejected, Retry, Split, Verdict
 from agent.portal import is_html
@@ -25,16 +27,22 @@ LONGEST_AFTER = 3600.0
 SECONDS = re.compile(r"[+-]?\d+(?:\.\d*)?")
 # PostHog's keys, wherever a reply repeats one (docs: project, personal, secret and OAuth keys).
 KEYS = re.compile(r"\bph[acsx]_[\w-]+")
+# A shorter one is no secret, and may be any word.
+KEY_LENGTH = 8
 
 
-def read_reply(status: int, headers: Mapping[str, str], body_start: bytes, now: int) -> Verdict:
+def read_reply(
+    status: int, headers: Mapping[str, str], body_start: bytes, now: int, *, key: str = ""
+) -> Verdict:
     """What a reply means; header names in lower case, `now` by the wall clock in microseconds.
+
+    `key` is the one that was sent.
 
     HTML with a 2xx or a 400 did not come from PostHog but from a captive portal or a proxy on the way.
     With 413, 408, 429 and 5xx it is what load balancers say in PostHog's stead, and means the same.
     """
     html = is_html(headers, body_start)
-    text = "" if html else words(body_start)
+    text = "" if html else words(body_start, key)
     reason = f"HTTP {status}: {text}" if text else f"HTTP {status}"
     match status:
         case 413:
@@ -58,8 +66,11 @@ def read_reply(status: int, headers: Mapping[str, str], body_start: bytes, now: 
     return Refused("host", reason)
 
 
-def words(body_start: bytes) -> str:
+def words(body_start: bytes, key: str = "") -> str:
     """PostHog's plain text on one printable line, without any key."""
+    if len(key) >= KEY_LENGTH:
+        for form in (msgspec.json.encode(key)[1:-1], key.encode()):
+            body_start = body_start.replace(form, b"***")
     words = " ".join(body_start[: 4 * REASON_BYTES].decode("utf-8", "replace").split())
     text = KEYS.sub("***", "".join(char if char.isprintable() else "\ufffd" for char in words))
     return text.encode()[:REASON_BYTES].decode("utf-8", "ignore")

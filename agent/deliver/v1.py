@@ -72,25 +72,30 @@ def body(
     return joined(head, batch, compression)
 
 
-def read(status: int, headers: Mapping[str, str], body: bytes, now: int) -> Verdict | Absent:
-    """What a reply means; header names in lower case, `now` by the wall clock in microseconds."""
+def read(
+    status: int, headers: Mapping[str, str], body: bytes, now: int, *, key: str = ""
+) -> Verdict | Absent:
+    """What a reply means; header names in lower case, `now` by the wall clock in microseconds.
+
+    `key` is the one that was sent.
+    """
     if status == 404:
         return Absent("HTTP 404")
     if is_html(headers, body):
-        return read_reply(status, headers, body, now)
+        return read_reply(status, headers, body, now, key=key)
     if 200 <= status <= 299:
-        return _judged(status, headers, body, now)
+        return _judged(status, headers, body, now, key)
     try:
         error = _read_error(body)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
-        return read_reply(status, headers, body, now)
+        return read_reply(status, headers, body, now, key=key)
     text = f"{error.error}: {error.error_description}" if error.error_description else error.error
     if status == 400 and error.error in NOT_THE_BATCH:
-        return Refused("host", f"HTTP 400: {words(text.encode())}")
-    return read_reply(status, headers, text.encode(), now)
+        return Refused("host", f"HTTP 400: {words(text.encode(), key)}")
+    return read_reply(status, headers, text.encode(), now, key=key)
 
 
-def _judged(status: int, headers: Mapping[str, str], body: bytes, now: int) -> Verdict | Absent:
+def _judged(status: int, headers: Mapping[str, str], body: bytes, now: int, key: str) -> Verdict | Absent:
     """The verdict on each event. One that is not named was taken, and so was one with an unknown result."""
     try:
         results = _read_answer(body).results
@@ -107,7 +112,7 @@ def _judged(status: int, headers: Mapping[str, str], body: bytes, now: int) -> V
             case "ok":
                 continue
             case "drop":
-                dead[uuid.lower()] = words(str(judged.details or "dropped").encode())
+                dead[uuid.lower()] = words(str(judged.details or "dropped").encode(), key)
             case "retry":
                 again.add(uuid.lower())
             case "warning":

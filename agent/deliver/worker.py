@@ -11,7 +11,8 @@ import trio
 from agent.buffer import PARTING_SECONDS, Buffer, Lease, Limits, leased
 from agent.config import Project
 from agent.deliver.courier import Attempt, Courier, Posting
-from agent.deliver.pace import Pace, Pass
+from agent.deliver.keys import Key, Keys
+from agent.deliver.pace import Hold, Pace, Pass
 from agent.deliver.shipment import CUTS, Shipment
 from agent.deliver.verdict import Accepted, Batch, Damaged, Judged, Refused, Rejected, Retry, Split, Verdict
 from agent.events import Chunk, Instant
@@ -47,6 +48,7 @@ class Delivery:
     ) -> None:
         self.project = project
         self.pace = Pace(project.delivery)
+        self.keys = Keys(project.delivery.cooldown)
         self.trouble: Trouble | None = None
         self.courier = Courier(project, client, metrics, now, buffer.clocks)
         self._settings = project.delivery
@@ -62,8 +64,13 @@ class Delivery:
         self._largest = self._settings.max_batch_size
         self._recovery = RECOVERY
         self._cut_size: int | None = None
-        self._unwitnessed = 0
         self._state = ""
+        self._clients_state = ""
+
+    @property
+    def hold(self) -> Hold | None:
+        """Why the events of the project's own key are held, or all of them."""
+        return self.pace.hold or self.keys.own
 
     async def run(self) -> None:
         """Deliver until cancelled, or after `drain` until nothing is left that can be delivered now."""
@@ -76,63 +83,81 @@ class Delivery:
         self._draining = True
         self._wake()
         self._drained.set()
-        if self._idle is not None:
-            self._idle.cancel()
+        self._look_again()
 
     async def _work(self) -> None:
-        while (lease := await self._next_lease()) is not None:
+        while (turn := await self._next_lease()) is not None:
+            lease, probe = turn
             async with leased(self._buffer, lease):
                 shipment = Shipment(
                     lease.chunks,
-                    self._most_events(),
+                    self._most_events(lease.key),
                     self._largest,
                     self._settings.protocol,
                     cuts=1 if self._cut_size and self._recovery == RECOVERY else CUTS,
                 )
                 try:
-                    await self._ship(shipment, lease.until)
+                    await self._ship(shipment, lease, probe=probe)
                 finally:
                     shipment.stop()
                     if shipment.progressed:
                         with trio.move_on_after(PARTING_SECONDS, shield=True):
                             await self._settle(lease, shipment)
+            if probe:
+                self.keys.done(lease.key)
+                self._look_again()
             self._learn(shipment)
 
-    async def _next_lease(self) -> Lease | None:
-        """The next chunks, once there are some and the pace allows a request; None: the draining is over."""
+    async def _next_lease(self) -> tuple[Lease, bool] | None:
+        """The next chunks, once there are some and the pace allows a request; None: the draining is over.
+
+        And whether they go out as a probe, as their key is held.
+        """
         async with self._turn:
             while True:
                 await self._something_waits()
                 if not await self._may_ask():
                     return None
-                lease = await self._buffer.take(self._limits(), self.project.name)
-                if lease is not None or self._draining:
-                    return lease
+                now = trio.current_time()
+                lease = await self._buffer.take(self._limits(now), self.project.name, self.keys.closed(now))
+                if lease is not None:
+                    return lease, self.keys.ask(lease.key, now)
+                if self._draining:
+                    return None
 
     async def _something_waits(self) -> None:
-        if self._draining:
-            return
-        with trio.CancelScope() as self._idle:
-            await self._buffer.ready(
-                self.project.name, self._settings.max_batch_events, self._settings.linger
-            )
-        self._idle = None
+        """Until there is something to lease of a key that is not closed."""
+        while not self._draining:
+            now = trio.current_time()
+            with trio.CancelScope(deadline=now + self.keys.next_probe(now)) as self._idle:
+                await self._buffer.ready(
+                    self.project.name,
+                    self._settings.max_batch_events,
+                    self._settings.linger,
+                    self.keys.closed(now),
+                )
+                return
 
-    def _limits(self) -> Limits:
-        company = COMPANY if self._unwitnessed else 1
+    def _look_again(self) -> None:
+        """Other keys are closed than a while ago, or it is no time to wait."""
+        if self._idle is not None:
+            self._idle.cancel()
+
+    def _limits(self, now: float) -> Limits:
+        company = COMPANY if self.keys.need_company(now) else 1
         return Limits(self._settings.max_batch_events * company, self._largest * company)
 
-    def _most_events(self) -> int:
+    def _most_events(self, key: Key) -> int:
         """Smaller batches each time that no witness was found: where much is poison, only few pass."""
-        return max(1, self._settings.max_batch_events >> self._unwitnessed)
+        return max(1, self._settings.max_batch_events >> self.keys.unwitnessed(key))
 
     # --- one shipment ------------------------------------------------------------------------------
 
-    async def _ship(self, shipment: Shipment, until: int | None) -> None:
+    async def _ship(self, shipment: Shipment, lease: Lease, *, probe: bool) -> None:
         """Ask until the shipment is over or too old; a retry is asked again when the pace allows."""
         attempt: Attempt | None = None
         while (batch := shipment.next_batch()) is not None:
-            leave = await self._admitted(until)
+            leave = await self._admitted(lease, probe=probe)
             if leave is None:
                 return
             verdict: Verdict | Damaged | None = None
@@ -141,12 +166,11 @@ class Delivery:
                 verdict, attempt = await self.courier.carry(batch, attempt)
                 shipment.receive(verdict)
             finally:
-                wait = self._record(leave, batch, verdict)
-            if wait and not await self._rested(wait, until):
+                wait = self._record(leave, batch, verdict, probe=probe)
+            if wait and not await self._rested(wait, lease.until):
                 return
         if shipment.hold == "rejected":
-            now = trio.current_time()
-            self.pace.begin("rejected", shipment.why, now, self._uniform)
+            self.keys.hold(lease.key, "rejected", shipment.why, trio.current_time(), self._uniform)
             self._tell()
 
     async def _settle(self, lease: Lease, shipment: Shipment) -> None:
@@ -164,10 +188,6 @@ class Delivery:
 
     def _learn(self, shipment: Shipment) -> None:
         """What one shipment teaches the next."""
-        if shipment.hold == "rejected":
-            self._unwitnessed = min(self._unwitnessed + 1, self._settings.max_batch_events.bit_length())
-        elif shipment.accepted:
-            self._unwitnessed = 0
         if self._cut_size is not None and shipment.largest_accepted >= self._cut_size:
             self._cut_size = None  # it was an outage, and not the size
         if (size := shipment.split_size or shipment.cut_size) is not None:
@@ -193,11 +213,11 @@ class Delivery:
             if not await self._patient(wait):
                 return False
 
-    async def _admitted(self, until: int | None) -> Pass | None:
-        """Leave for one request; None when the draining, or the events' time (µs), is over before."""
+    async def _admitted(self, lease: Lease, *, probe: bool) -> Pass | None:
+        """Leave for one request; None when the key is held, or the draining or the time is over before."""
         while True:
-            left = inf if until is None else (until - self._now().wall) / 1_000_000
-            if left <= 0:
+            left = inf if lease.until is None else (lease.until - self._now().wall) / 1_000_000
+            if left <= 0 or (self.keys.is_held(lease.key) and not probe):
                 return None
             leave = self.pace.admit(trio.current_time())
             if isinstance(leave, Pass):
@@ -226,13 +246,24 @@ class Delivery:
             return False
         return True
 
-    def _record(self, leave: Pass, batch: Batch, verdict: Verdict | Damaged | None) -> float:
+    def _record(self, leave: Pass, batch: Batch, verdict: Verdict | Damaged | None, *, probe: bool) -> float:
         """Tell the pace; gives how long this batch should rest."""
+        now = trio.current_time()
         said = _for_pace(batch, verdict)
-        wait = self.pace.record(leave, said, trio.current_time(), self._uniform)
         match said:
+            case Refused(hold="key" | "billing" as reason, why=text):
+                self.keys.hold(batch.key, reason, text, now, self._uniform)
+                if batch.key is None:
+                    self.trouble = Trouble(text, self._now().wall)
+                said = None  # the way is as it was
             case Retry(reason=text) | Refused(why=text) | Rejected(text) | Split(text):
                 self.trouble = Trouble(text, self._now().wall)
+        held = self.keys.own
+        wait = self.pace.record(leave, said, now, self._uniform)
+        if isinstance(said, Accepted) and self.keys.accept(batch.key, probe=probe):
+            if held and not self.keys.own and held.reason != "rejected":  # that was about events
+                self.pace.ease(held.since, now)
+            self._look_again()
         if isinstance(verdict, Judged) and verdict.again:
             wait = max(wait, verdict.after or self._settings.backoff_base)
         self._tell()
@@ -245,7 +276,8 @@ class Delivery:
 
     def _tell(self) -> None:
         """One line for each change of state."""
-        hold = self.pace.hold
+        self._tell_clients()
+        hold = self.hold
         state = hold.reason if hold else "waiting" if self.pace.waiting else ""
         if state == self._state:
             return
@@ -257,6 +289,18 @@ class Delivery:
             log.warning("delivery waits to try again", project=name, why=self.trouble and self.trouble.text)
         else:
             log.info("delivery goes on", project=name)
+
+    def _tell_clients(self) -> None:
+        """The same of keys that clients sent, without any of them: one line for all."""
+        state = ", ".join(held.reason for held in self.keys.clients())
+        if state == self._clients_state:
+            return
+        self._clients_state = state
+        name = self.project.name
+        if state:
+            log.warning("events with keys of their own are held and wait", project=name, reason=state)
+        else:
+            log.info("no events with keys of their own are held any more", project=name)
 
 
 def _for_pace(batch: Batch, verdict: Verdict | Damaged | None) -> Verdict | None:

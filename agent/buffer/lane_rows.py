@@ -1,0 +1,43 @@
+"""The lanes' rows: which of them may be leased, and which key of a crowd is the next."""
+
+import sqlite3
+from collections.abc import Container, Iterator
+
+from agent.buffer.lanes import Lane, Queue, Stranger
+
+SIZE_BY_ID = "SELECT id, events, size FROM chunk WHERE id = ?"
+SIZES_BEYOND_CURSOR = """SELECT id, events, size FROM chunk
+    WHERE project = ? AND key IS ? AND id > ? ORDER BY id LIMIT ?"""
+NEXT_KEY = "SELECT key FROM chunk WHERE project = ? AND key > ? ORDER BY key LIMIT 1"
+COUNT_LANE = "SELECT count(*), max(id), sum(events) FROM chunk WHERE project = ? AND key = ?"
+
+
+class LaneRows:
+    """The table `chunk`, looked at by project and key; an index holds all that is asked here."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._run = connection.execute
+        self._last: dict[str, str] = {}  # of each project, the key of its crowd that was found last
+
+    def candidates(self, lane: Lane, queue: Queue, most: int) -> Iterator[tuple[int, int, int]]:
+        """The lane's chunks that may be leased, those that came back first: id, events, size."""
+        none = True
+        for ident in queue.offer(most):
+            none = False
+            yield self._run(SIZE_BY_ID, (ident,)).fetchone()
+        for row in self._run(SIZES_BEYOND_CURSOR, (*lane, queue.cursor, most)):
+            none = False
+            yield row
+        for ident in queue.offer_all(most) if none else ():
+            yield self._run(SIZE_BY_ID, (ident,)).fetchone()
+
+    def next_stranger(self, project: str, known: Container[str | None]) -> Stranger | None:
+        """The next key without a lane, in the order of keys and around; None where each has one."""
+        for place in (self._last.get(project, ""), ""):
+            key = place
+            while row := self._run(NEXT_KEY, (project, key)).fetchone():
+                (key,) = row
+                if key not in known:
+                    self._last[project] = key
+                    return Stranger(key, *self._run(COUNT_LANE, (project, key)).fetchone())
+        return None

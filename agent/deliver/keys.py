@@ -1,0 +1,175 @@
+"""Which keys' events are held, why and until when: a wrong key stops its own events, and nobody else's.
+
+It promises that a held key is asked about one lease at a time, about once a minute, and that neither memory
+nor requests grow with the number of keys that clients make up. Times are seconds of one steady clock, given
+as arguments. No text of it ever holds a key.
+"""
+
+from collections.abc import Container, Iterator
+from collections.abc import Set as AbstractSet
+from math import inf
+from typing import NamedTuple
+
+from agent.buffer import NOBODY
+from agent.deliver.pace import Held, Hold, Uniform, silence
+
+# The project's own is None.
+Key = str | None
+
+# Each held key costs a request in about a minute, so these cost 4 a second. No host's programs report to so
+# many projects with a wrong key.
+MOST_HELD = 256
+# Keys that worked last. As many as the buffer tells apart.
+MOST_WORKED = 1024
+
+
+class HeldKeys(NamedTuple):
+    """How many keys that clients sent are held for one reason, since when, and when the next one is asked."""
+
+    reason: Held
+    keys: int
+    since: float
+    probe_at: float
+
+
+class _Held:
+    """One held key; `asked` while a probe is out, `unwitnessed` counts shipments that found no witness."""
+
+    __slots__ = ("asked", "hold", "unwitnessed")
+
+    def __init__(self, hold: Hold) -> None:
+        self.hold = hold
+        self.asked = False
+        self.unwitnessed = 0
+
+
+class _AllBut(Container[Key]):
+    """All clients' keys but the open ones, and these."""
+
+    def __init__(self, shut: AbstractSet[Key], open_: AbstractSet[Key]) -> None:
+        self._shut = shut
+        self._open = open_
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._shut or (key is not None and key not in self._open)
+
+
+class Keys:
+    """The keys of one project's events: its own, and those that clients sent.
+
+    What PostHog refuses for its key (`key`, `billing`), or a shipment gives up for want of a witness
+    (`rejected`), says nothing of other keys, so it holds only this one's events. When its time is over one
+    lease of them goes out as a probe, and only the probe's acceptance ends the hold: whatever else comes back
+    was sent before.
+
+    **Too many.** While `MOST_HELD` clients' keys are held and none of them is due, only keys that worked
+    lately are asked, beside the project's own. Any other waits for the next that is due, and takes turns with
+    those. So keys that do not work cost at most `MOST_HELD` requests in about a minute, however many there
+    are, and no key that works waits for them.
+    """
+
+    def __init__(self, cooldown: float) -> None:
+        self._cooldown = cooldown
+        self._held: dict[Key, _Held] = {}
+        self._worked: dict[str, None] = {}
+
+    @property
+    def own(self) -> Hold | None:
+        """Why the events of the project's own key are held."""
+        return self._held[None].hold if None in self._held else None
+
+    def clients(self) -> list[HeldKeys]:
+        """The held keys that clients sent, by reason."""
+        found: dict[Held, HeldKeys] = {}
+        for hold in self._clients():
+            one = HeldKeys(hold.reason, 1, hold.since, hold.probe_at)
+            if (so_far := found.get(hold.reason)) is not None:
+                since, probe_at = min(so_far.since, one.since), min(so_far.probe_at, one.probe_at)
+                one = HeldKeys(hold.reason, so_far.keys + 1, since, probe_at)
+            found[hold.reason] = one
+        return sorted(found.values())
+
+    def _clients(self) -> Iterator[Hold]:
+        return (held.hold for key, held in self._held.items() if key is not None)
+
+    def is_held(self, key: Key) -> bool:
+        """Whether nothing of this key goes out but probes."""
+        return key in self._held
+
+    def closed(self, now: float) -> Container[Key]:
+        """The keys of which nothing may be leased now."""
+        if not self._held:
+            return NOBODY
+        shut = frozenset(key for key, held in self._held.items() if held.asked or held.hold.probe_at > now)
+        if len(shut) - (None in shut) < MOST_HELD:
+            return shut
+        return _AllBut(shut, self._worked.keys() | (self._held.keys() - shut))
+
+    def next_probe(self, now: float) -> float:
+        """Seconds until fewer keys are closed than now, if nothing else happens."""
+        later = (held.hold.probe_at - now for held in self._held.values() if held.hold.probe_at > now)
+        return min(later, default=inf)
+
+    def unwitnessed(self, key: Key) -> int:
+        """How many shipments of a key found no witness, one after the other."""
+        return self._held[key].unwitnessed if key in self._held else 0
+
+    def need_company(self, now: float) -> bool:
+        """Whether a key may be leased whose last shipment found no witness."""
+        return any(
+            held.unwitnessed and not held.asked and held.hold.probe_at <= now for held in self._held.values()
+        )
+
+    def ask(self, key: Key, now: float) -> bool:
+        """Events of a key were leased: whether they may go out as a probe, which ends with `done`."""
+        held = self._held.get(key)
+        if held is None or held.asked or held.hold.probe_at > now:
+            return False
+        held.asked = True
+        return True
+
+    def done(self, key: Key) -> None:
+        """A probe is over. Where it brought nothing the next may follow at once."""
+        if key in self._held:
+            self._held[key].asked = False
+
+    def accept(self, key: Key, *, probe: bool) -> bool:
+        """Events of a key were taken: whether fewer keys are closed now."""
+        news = key in self._held
+        if news:
+            if not probe:
+                return False
+            del self._held[key]
+        if key is not None:
+            news = news or key not in self._worked
+            self._worked.pop(key, None)
+            self._worked[key] = None
+            if len(self._worked) > MOST_WORKED:
+                del self._worked[next(iter(self._worked))]
+        return news
+
+    def hold(self, key: Key, reason: Held, why: str, now: float, uniform: Uniform) -> None:
+        """Hold a key's events, or go on holding them; a reason that stays keeps its `since`.
+
+        `why` is kept of the project's own only: what is said of another key may name it.
+        """
+        held = self._held.get(key)
+        probe_at = now + silence(reason, self._cooldown, uniform)
+        if held is None:
+            self._make_place(key)
+            held = self._held[key] = _Held(Hold(reason, "", now, now))
+        since = held.hold.since if held.hold.reason == reason else now
+        held.hold = Hold(reason, why if key is None else "", since, max(probe_at, held.hold.probe_at))
+        held.unwitnessed += reason == "rejected"
+
+    def _make_place(self, key: Key) -> None:
+        """A key that did not work is forgotten as one that did, and the one that is due first as held."""
+        if key is None:
+            return
+        self._worked.pop(key, None)
+        if len(self._held) - (None in self._held) >= MOST_HELD:
+            first = min((key for key in self._held if key is not None), key=self._probe_at)
+            del self._held[first]
+
+    def _probe_at(self, key: Key) -> float:
+        return self._held[key].hold.probe_at
