@@ -1,0 +1,135 @@
+"""The times that syslog lines tell, as RFC 3339: which year is meant, which zone, and which of two hours."""
+
+import re
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta, tzinfo
+from typing import NamedTuple
+
+# Zone words that devices write behind a time, as offsets in minutes.
+ZONES = {
+    "Z": 0, "UTC": 0, "GMT": 0, "BST": 60, "CET": 60, "CEST": 120,
+    "EST": -300, "EDT": -240, "CST": -360, "CDT": -300, "MST": -420, "MDT": -360, "PST": -480, "PDT": -420,
+}  # fmt: skip
+_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+
+_MONTH = {name: number for number, name in enumerate(_MONTHS, 1)}
+_CLOCK = r"([0-9]{2}):([0-9]{2}):([0-9]{2})"
+_ISO = re.compile(r"([0-9]{4})-([0-9]{2})-([0-9]{2})[Tt ]" + _CLOCK)
+_BSD = re.compile(r"(?:([0-9]{4}) )?([A-Z][a-z]{2}) {1,2}([0-9]{1,2})(?: ([0-9]{4}))? " + _CLOCK)
+_OFFSET = re.compile(r"([+-])([01][0-9]|2[0-3]):?([0-5][0-9])")
+
+_MICROSECONDS_A_MINUTE = 60_000_000
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+# From one leap day to the next can be eight years (1896 to 1904).
+_LEAP_YEARS = 8
+# Seconds that are remembered: more than a minute's lines of a host tell, in a few hundred KiB.
+_REMEMBERED = 4096
+
+
+class Moment(NamedTuple):
+    """One second: as the line tells it, its offset, both together, and in UTC ("" outside 1970 to 9999)."""
+
+    local: str
+    offset: str
+    text: str
+    utc: str
+
+
+class Times:
+    """Reads the times of lines that are received at a moment, in a zone where they name none."""
+
+    def __init__(self, zone: tzinfo) -> None:
+        self._zone = zone
+        self._minute: int | None = None
+        self._received = _EPOCH
+        self._here = _EPOCH.replace(tzinfo=None)
+        self._known: dict[tuple[str, str], Moment | None] = {}
+
+    def receive(self, wall: int) -> None:
+        """The lines that follow were received then (µs); what it decides is decided once a minute."""
+        minute = wall // _MICROSECONDS_A_MINUTE
+        if minute != self._minute:
+            self._minute = minute
+            self._received = _EPOCH + timedelta(minutes=minute)
+            self._here = self._received.astimezone(self._zone).replace(tzinfo=None)
+            self._known.clear()
+
+    def moment(self, text: str, zone: str) -> Moment | None:
+        """The second that a date and a time of day without fraction tell; None where there is no such.
+
+        `zone` is an offset, one of `ZONES`, or "".
+        """
+        key = (text, zone)
+        try:
+            return self._known[key]
+        except KeyError:
+            if len(self._known) >= _REMEMBERED:
+                self._known.clear()
+            moment = self._known[key] = self._read(text, zone)
+            return moment
+
+    def _read(self, text: str, zone: str) -> Moment | None:
+        try:
+            if (found := _ISO.fullmatch(text)) is not None:
+                year, month, day, *clock = map(int, found.groups())
+                local = datetime(year, month, day)  # noqa: DTZ001  # a zone is given below
+            elif (found := _BSD.fullmatch(text)) is not None:
+                before, name, date, behind, *digits = found.groups()
+                clock = [int(number) for number in digits]
+                dated = self._dated(before or behind, _MONTH.get(name, 0), int(date))
+                if dated is None:
+                    return None
+                local = dated
+            else:
+                return None
+            hour, minute, second = clock
+            # A leap second (RFC 5424 forbids it, devices write it) is told as the last that others know.
+            local = local.replace(hour=hour, minute=minute, second=59 if second == 60 else second)
+        except ValueError:
+            return None
+        return self._placed(local, zone)
+
+    def _dated(self, year: str | None, month: int, day: int) -> datetime | None:
+        """A date; without a year, that of the year that brings it nearest to the receipt."""
+        if year is not None:
+            return datetime(int(year), month, day)  # noqa: DTZ001
+        here = self._here
+        reach = _LEAP_YEARS if (month, day) == (2, 29) else 1
+        dates = []
+        for near in range(here.year - reach, here.year + reach + 1):
+            with suppress(ValueError):
+                dates.append(datetime(near, month, day))  # noqa: DTZ001
+        return min(dates, key=lambda date: abs(date - here), default=None)
+
+    def _placed(self, local: datetime, zone: str) -> Moment | None:
+        """A local time with its offset and in UTC."""
+        offset = self._offset(local, zone)
+        if offset is None:
+            return None
+        told = local.isoformat(timespec="seconds")
+        minutes = round(offset.total_seconds() / 60)
+        sign = "-" if minutes < 0 else "+"
+        suffix = f"{sign}{abs(minutes) // 60:02}:{abs(minutes) % 60:02}" if minutes else "Z"
+        try:
+            utc = local.replace(tzinfo=UTC) - offset
+        except OverflowError:
+            utc = datetime.min.replace(tzinfo=UTC)
+        known = utc >= _EPOCH
+        return Moment(told, suffix, told + suffix, utc.isoformat(timespec="seconds")[:-6] if known else "")
+
+    def _offset(self, local: datetime, zone: str) -> timedelta | None:
+        """How far ahead of UTC a local time is; None where the zone's text is none."""
+        if zone.upper() in ZONES:
+            return timedelta(minutes=ZONES[zone.upper()])
+        if zone:
+            found = _OFFSET.fullmatch(zone)
+            if found is None:
+                return None
+            offset = timedelta(hours=int(found[2]), minutes=int(found[3]))
+            return -offset if found[1] == "-" else offset
+        first = self._zone.utcoffset(local) or timedelta()
+        second = self._zone.utcoffset(local.replace(fold=1)) or timedelta()
+        if first > second:  # an hour that is there twice: the nearer to the receipt
+            aware = local.replace(tzinfo=UTC)
+            return min(first, second, key=lambda offset: abs(aware - offset - self._received))
+        return first
