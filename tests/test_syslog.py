@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from agent.decode import syslog_data, syslog_line
 from agent.decode.syslog import Syslog
 from agent.decode.syslog_time import Times
-from agent.envelope import Envelope, Flaws
+from agent.envelope import Envelope, Flaws, Stamp, complete
 from agent.events import Instant, Read
 
 BERLIN = ZoneInfo("Europe/Berlin")
@@ -265,6 +265,9 @@ OCT = "2026-10-11T22:14:15+02:00"
         ('Oct 11 22:14:15 {"a": 1}', (None, None, None, '{"a": 1}')),
         ("Oct 11 22:14:15 h " + "t" * 128 + ": x", ("h", "t" * 128, None, "x")),
         ("Oct 11 22:14:15 h " + "t" * 129 + ": x", ("h", None, None, "t" * 129 + ": x")),
+        ("Oct 11 22:14:15 U7PG2,f09f,v4.0: hostapd: x", (None, "U7PG2,f09f,v4.0", None, "hostapd: x")),
+        ("Oct 11 22:14:15 MikroTik system,info a: x", ("MikroTik", None, None, "system,info a: x")),
+        ("Oct 11 22:14:15 h %x: y", ("h", None, None, "%x: y")),
         ("Oct 11 22:14:15 UTC su: x", (None, "su", None, "x")),
         ("Oct 11 22:14:15 UTC h su: x", ("h", "su", None, "x")),
     ],
@@ -294,6 +297,8 @@ def test_rfc3164(line: str, properties: tuple[str | None, ...]) -> None:
         ("Oct 11 22:14:15Z", "2026-10-11T22:14:15Z", None),
         ("2016 Mar  1 18:46:11", "2016-03-01T18:46:11+01:00", None),
         ("Mar  1 2016 18:46:11", "2016-03-01T18:46:11+01:00", None),
+        ("Mar  1 18:46:11 2016", "2016-03-01T18:46:11+01:00", None),
+        ("Mar  1 18:46:11 2016 UTC", "2016-03-01T18:46:11Z", None),
         ("2013-08-28T08:12:32.123Z", "2013-08-28T08:12:32.123Z", "2013-08-28T08:12:32.123Z"),
         (
             "2013-08-28T08:12:32.123456+02:00",
@@ -686,6 +691,7 @@ PARTS = st.sampled_from(
         ),
         *(
             "fe80::1 ",
+            " 2018 ",
             '[a x="1"]',
             '[a x="\\"',
             '{"event":"a"}',
@@ -707,7 +713,7 @@ LINES = st.one_of(
 @given(st.lists(st.one_of(LINES, st.binary(max_size=60)), max_size=5))
 @settings(max_examples=500, deadline=None)
 def test_each_line_is_one_event(lines: list[bytes]) -> None:
-    """Whatever its bytes, each line that is not empty gives one event, the same alone as beside others."""
+    """Whatever its bytes, a line that is not empty is one event that the door takes, alone or not."""
     lines = [line.replace(b"\n", b" ") for line in lines]
     full = [line for line in lines if line.strip(b" \t\v\f\r\0")]
     by = decoder()
@@ -719,6 +725,9 @@ def test_each_line_is_one_event(lines: list[bytes]) -> None:
         assert isinstance(json.loads(bytes(envelope.properties)), dict)
         assert envelope.event
         assert envelope.distinct_id
+        flaws = Flaws()
+        assert isinstance(complete(envelope, {}, "", Stamp("u", "t"), flaws), bytes)
+        assert flaws == Flaws()
 
 
 @given(st.tuples(st.sampled_from(["Oct 11 22:14:15", "2013-08-28T08:12:32.123Z", "Feb 30 22:14:15"]), LIKELY))

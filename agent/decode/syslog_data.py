@@ -41,30 +41,30 @@ def _filled(data: str) -> Raw | None:
     Programs write the same names again and again: with nothing escaped, what stands between the quotes is put
     into the JSON that was made for these names.
     """
-    if "\\" in data or not data.isprintable():
+    if "\\" in data:
         return None
-    parts = data.split('"')
+    parts = _encode(data)[1:-1].split(b'\\"')
     # Where the last quote is one that begins a value, the parts are odd.
     if len(parts) % 2 or (around := _around(tuple(parts[::2]))) is None:
         return None
-    parts.append("")
+    parts.append(b"")
     parts[::2] = around
-    return Raw("".join(parts).encode())
+    return Raw(b"".join(parts))
 
 
 @lru_cache(maxsize=_SHAPES)
-def _around(shape: tuple[str, ...]) -> tuple[str, ...] | None:
+def _around(shape: tuple[bytes, ...]) -> tuple[bytes, ...] | None:
     """Of data with these parts around its values, the JSON around them; None where it cannot be so simple."""
-    text = '""'.join(shape) + '""]'
+    text = (b'""'.join(shape) + b'""]').decode()
     found = _elements(text)
-    if found is None or found[1]:
+    if "\\" in text or found is None or found[1]:
         return None
     # Values are filled in in their order: no element may be merged with an earlier one, nor a parameter.
     elements = found[0].values()
     if len(elements) != text.count("[") or sum(map(len, elements)) != len(shape):
         return None
     # Two quotes stand only for a value, as no name is empty.
-    return tuple(_encode(found[0]).decode().replace('""', '"\0"').split("\0"))
+    return tuple(_encode(found[0]).replace(b'""', b'"\0"').split(b"\0"))
 
 
 def _elements(text: str) -> tuple[StructuredData, str] | None:

@@ -48,7 +48,11 @@ _NIL: dict[str | None, UnsetType] = {"-": UNSET, "": UNSET, None: UNSET}
 
 _ISO = r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt ][0-9]{2}:[0-9]{2}:[0-9]{2}"
 _MONTH = r"(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)"
-_BSD = rf"(?:[0-9]{{4}} )?{_MONTH} {{1,2}}[0-9]{{1,2}}(?: [0-9]{{4}})? [0-9]{{2}}:[0-9]{{2}}:[0-9]{{2}}"
+# The year, if at all, in front, in the middle or, as ctime(3) has it, behind.
+_BSD = (
+    rf"(?:[0-9]{{4}} )?{_MONTH} {{1,2}}[0-9]{{1,2}}(?: [0-9]{{4}})? [0-9]{{2}}:[0-9]{{2}}:[0-9]{{2}}"
+    r"(?: [12][0-9]{3}(?=[ :]|\Z))?"
+)
 _OFFSET = r"[+-][0-9]{2}:?[0-9]{2}"
 _TIME = (
     rf"(?P<time>{_BSD}|{_ISO})(?:[.,](?P<fraction>[0-9]+))?"
@@ -56,16 +60,17 @@ _TIME = (
 )
 # What most lines look like; whatever it does not fit is read by the patterns below, with the same result.
 _COMMON = re.compile(
-    r"(?:([A-Z][a-z]{2} [ 0-9][0-9] [0-9:]{8})"
+    r"(?:([A-Z][a-z]{2} [ 0-9][0-9] [0-9:]{8})(?! [12][0-9]{3}[ :])"
     r"|(.{10}T[0-9:]{8})(?:\.([0-9]{1,6}))?(Z|[+-][0-9]{2}:[0-9]{2})) "
     r"(?:(?:([a-zA-Z0-9_.-]+) )?([a-zA-Z0-9_./()-]{1,128})(?:\[([a-zA-Z0-9_.-]*)\])?:(?: |\Z)"
     r"|([a-zA-Z0-9_.-]+) (?![^ :\[]*[:\[]))(.*)",
     re.DOTALL,
 )
+# How a message begins that needs a closer look: Cisco's mnemonic, a byte order mark.
 _CLOSER = frozenset(("%", "\ufeff"))
 # A tag ends with a colon, or with a process id in brackets and perhaps a colon; JSON and `@cee:` are none.
 _TAG = re.compile(
-    r"(?!@cee:)(?P<app>[^\s\[\]{}\"'<>=,;|%\\]{1,128})"
+    r"(?!@cee:|%)(?P<app>[^\s\[\]{}\"\\]{1,128})"
     r"(?:\[(?P<procid>[^\s\[\]]{0,128})\](?:(?P<colon>:)|(?=\s|\Z))|(?<!:):(?=\s|\Z)) ?"
 )
 # Cisco's %FACILITY-SUBFACILITY-SEVERITY-MNEMONIC; 64: longer than any of its own.
@@ -120,39 +125,32 @@ def _rfc5424(line: str, priority: Priority, times: Times) -> Parsed | None:
         data, message = found
     else:
         return None
-    told: Word = UNSET
+    time: Word = UNSET
     stamp: str | None = None
     if when != "-":
         zone = "Z" if when[-1] in "Zz" else when[-6:]
-        fraction = when[19 : -len(zone)]
-        if fraction and (fraction[0] != "." or not (fraction.isascii() and fraction[1:].isdigit())):
+        digits = when[20 : -len(zone)]
+        if digits:
+            if when[19] != "." or not (digits.isascii() and digits.isdigit()):
+                return None
+        elif len(when) != 19 + len(zone):
             return None
-        told, stamp = _told(times, when[:19], fraction[1:], zone)
-        if told is UNSET:
+        told = times.told(when[:19], digits, zone)
+        if told is None:
             return None
+        time, stamp = told
     facility, severity = priority
     return Properties(
         message.removeprefix("\ufeff"),
         facility,
         severity,
-        _NIL.get(hostname, hostname),
-        _NIL.get(app, app),
-        _NIL.get(procid, procid),
-        _NIL.get(msgid, msgid),
-        told,
+        UNSET if hostname == "-" else hostname,
+        UNSET if app == "-" else app,
+        UNSET if procid == "-" else procid,
+        UNSET if msgid == "-" else msgid,
+        time,
         data,
     ), stamp
-
-
-def _told(times: Times, time: str, fraction: str | None, zone: str) -> tuple[Word, str | None]:
-    """A line's time in its own zone, and in UTC if it is finer than a second; neither where it is no time."""
-    moment = times.moment(time, zone)
-    if moment is None:
-        return UNSET, None
-    if not fraction:
-        return moment.text, None
-    digits = fraction[:6]
-    return f"{moment.local}.{digits}{moment.offset}", f"{moment.utc}.{digits}Z" if moment.utc else None
 
 
 def _common(line: str, at: int, priority: Priority, times: Times) -> Parsed | None:
@@ -164,10 +162,11 @@ def _common(line: str, at: int, priority: Priority, times: Times) -> Parsed | No
     hostname = hostname or bare
     if hostname in ZONES or app in ZONES or message[:1] in _CLOSER:
         return None
-    told, stamp = _told(times, bsd or iso, fraction, offset or "")
-    if told is UNSET:
+    told = times.told(bsd or iso, fraction, offset or "")
+    if told is None:
         return None
     facility, severity = priority
+    time, stamp = told
     return Properties(
         message,
         facility,
@@ -176,7 +175,7 @@ def _common(line: str, at: int, priority: Priority, times: Times) -> Parsed | No
         _NIL.get(app, app),
         _NIL.get(procid, procid),
         UNSET,
-        told,
+        time,
     ), stamp
 
 
@@ -205,10 +204,10 @@ def _timed(text: str, pattern: re.Pattern[str], priority: Priority, times: Times
     front = pattern.match(text)
     if front is None:
         return None
-    told, stamp = _told(times, front["time"], front["fraction"], front["offset"] or front["zone"] or "")
-    if told is UNSET:
+    told = times.told(front["time"], front["fraction"], front["offset"] or front["zone"] or "")
+    if told is None:
         return None
-    properties = Properties("", *priority, syslog_timestamp=told)
+    properties = Properties("", *priority, syslog_timestamp=told[0])
     rest = text[front.end() :]
     if rest.startswith(":"):
         _read_content(properties, rest[1:].removeprefix(" "))
@@ -225,7 +224,7 @@ def _timed(text: str, pattern: re.Pattern[str], priority: Priority, times: Times
             if properties.msgid is UNSET:  # not Cisco's: a tag, and a message that begins with a time
                 return None
             properties.hostname = name
-    return properties, stamp
+    return properties, told[1]
 
 
 def _read_named(properties: Properties, text: str) -> None:

@@ -15,15 +15,17 @@ _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct",
 _MONTH = {name: number for number, name in enumerate(_MONTHS, 1)}
 _CLOCK = r"([0-9]{2}):([0-9]{2}):([0-9]{2})"
 _ISO = re.compile(r"([0-9]{4})-([0-9]{2})-([0-9]{2})[Tt ]" + _CLOCK)
-_BSD = re.compile(r"(?:([0-9]{4}) )?([A-Z][a-z]{2}) {1,2}([0-9]{1,2})(?: ([0-9]{4}))? " + _CLOCK)
+_BSD = re.compile(
+    r"(?:([0-9]{4}) )?([A-Z][a-z]{2}) {1,2}([0-9]{1,2})(?: ([0-9]{4}))? " + _CLOCK + "(?: ([0-9]{4}))?"
+)
 _OFFSET = re.compile(r"([+-])([01][0-9]|2[0-3]):?([0-5][0-9])")
 
 _MICROSECONDS_A_MINUTE = 60_000_000
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 # From one leap day to the next can be eight years (1896 to 1904).
 _LEAP_YEARS = 8
-# Seconds that are remembered: more than a minute's lines of a host tell, in a few hundred KiB.
-_REMEMBERED = 4096
+# Seconds that are remembered: more than a minute's lines of a host tell, in half a MiB.
+_REMEMBERED = 1024
 
 
 class Moment(NamedTuple):
@@ -54,19 +56,25 @@ class Times:
             self._here = self._received.astimezone(self._zone).replace(tzinfo=None)
             self._known.clear()
 
-    def moment(self, text: str, zone: str) -> Moment | None:
-        """The second that a date and a time of day without fraction tell; None where there is no such.
+    def told(self, second: str, fraction: str | None, zone: str) -> tuple[str, str | None] | None:
+        """A line's time in its own zone, and in UTC if it is finer than a second; None where it is no time.
 
-        `zone` is an offset, one of `ZONES`, or "".
+        `second` is a date and a time of day, `zone` an offset, one of `ZONES`, or "".
         """
-        key = (text, zone)
+        key = (second, zone)
         try:
-            return self._known[key]
+            moment = self._known[key]
         except KeyError:
             if len(self._known) >= _REMEMBERED:
                 self._known.clear()
-            moment = self._known[key] = self._read(text, zone)
-            return moment
+            moment = self._known[key] = self._read(second, zone)
+        if moment is None:
+            return None
+        if not fraction:
+            return moment.text, None
+        digits = fraction[:6]
+        stamp = f"{moment.utc}.{digits}Z" if moment.utc else None
+        return f"{moment.local}.{digits}{moment.offset}", stamp
 
     def _read(self, text: str, zone: str) -> Moment | None:
         try:
@@ -74,9 +82,9 @@ class Times:
                 year, month, day, *clock = map(int, found.groups())
                 local = datetime(year, month, day)  # noqa: DTZ001  # a zone is given below
             elif (found := _BSD.fullmatch(text)) is not None:
-                before, name, date, behind, *digits = found.groups()
+                before, name, date, between, *digits, behind = found.groups()
                 clock = [int(number) for number in digits]
-                dated = self._dated(before or behind, _MONTH.get(name, 0), int(date))
+                dated = self._dated(before or between or behind, _MONTH.get(name, 0), int(date))
                 if dated is None:
                     return None
                 local = dated
