@@ -182,7 +182,7 @@ def test_structured_data_comes_back(elements: list[tuple[str, list[tuple[str, st
 
 
 @given(st.text('a="\\] [%\0', max_size=25))
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=300)
 def test_the_short_way_through_data_ends_where_the_long_way_does(text: str) -> None:
     """A shape that is known and the grammar give the same."""
     text = '[a x="' + text
@@ -711,7 +711,7 @@ LINES = st.one_of(
 
 
 @given(st.lists(st.one_of(LINES, st.binary(max_size=60)), max_size=5))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_each_line_is_one_event(lines: list[bytes]) -> None:
     """Whatever its bytes, a line that is not empty is one event that the door takes, alone or not."""
     lines = [line.replace(b"\n", b" ") for line in lines]
@@ -731,7 +731,7 @@ def test_each_line_is_one_event(lines: list[bytes]) -> None:
 
 
 @given(st.tuples(st.sampled_from(["Oct 11 22:14:15", "2013-08-28T08:12:32.123Z", "Feb 30 22:14:15"]), LIKELY))
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=400, deadline=None)
 def test_the_common_pattern_reads_as_the_others_do(parts: tuple[str, str]) -> None:
     """What most lines look like is read by one pattern, and by the whole grammar the same."""
     text = " ".join(parts)
