@@ -43,6 +43,7 @@ LARGEST_EVENT = 976 * KIB
 LARGEST_BATCH = 100 * MIB
 SMALLEST_BUFFER = 16 * MIB
 
+_FIELD = re.compile(r"\{(\w+)\}")
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, token
 # These say how the body is to be read or whose connection it is; the agent sets them.
@@ -130,6 +131,11 @@ def _of_source(source: Source) -> Iterator[Wrong]:
             yield f"properties.{name}", "cannot be told in JSON (nan and inf are not in it)"
         if name == "$cookieless_mode" and not isinstance(value, bool):
             yield f"properties.{name}", "must be true or false: PostHog refuses a whole batch for another"
+    for name in ("event", "time_zone"):
+        if getattr(source, name) and source.format != "syslog":
+            yield name, 'is of no use without format = "syslog"'
+    if fields := set(_FIELD.findall(source.event + source.distinct_id)) - {"app", "severity", "hostname"}:
+        yield "event", f"{{{min(fields)}}} is not one of {{app}}, {{severity}} and {{hostname}}"
     for name, burst in (("max_events_per_second", "burst"), ("uid_events_per_second", "uid_burst")):
         rate, most = getattr(source, name, 0), getattr(source, burst, 0)
         yield from _between(name, rate, 0, 1e9)

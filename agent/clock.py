@@ -1,8 +1,12 @@
 """Tells the time of both clocks, and which boot the second one belongs to."""
 
+import os
 import time
+from datetime import UTC, tzinfo
 from pathlib import Path
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
+from agent import AgentError
 from agent.events import Instant
 
 
@@ -16,6 +20,28 @@ def read_boot() -> str:
 
 # Goes on while the host sleeps; not every system has it.
 _BOOT_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+
+class ZoneError(AgentError):
+    """There is no such time zone on this host."""
+
+
+def zone(name: str) -> tzinfo:
+    """A time zone by its name, the host's own for an empty one (`TZ`, else /etc/localtime, else UTC).
+
+    Raises `ZoneError`.
+    """
+    name = name or os.environ.get("TZ", "").removeprefix(":")
+    try:
+        if name:
+            return ZoneInfo(name)
+        with open("/etc/localtime", "rb") as file:
+            return ZoneInfo.from_file(file)
+    except FileNotFoundError:
+        return UTC
+    except (ZoneInfoNotFoundError, ValueError, OSError) as error:
+        hint = "write it like Europe/Berlin; `timedatectl list-timezones` shows them (package tzdata)"
+        raise ZoneError(f"there is no time zone {name!r} on this host", hint) from error
 
 
 class Clock:

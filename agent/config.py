@@ -99,8 +99,12 @@ class Common(Settings, frozen=True, kw_only=True):
 
     name: str
     project: str
-    format: Literal["json", "logfmt"] = "json"
-    # "" rejects an event that has none.
+    format: Literal["json", "logfmt", "syslog"] = "json"
+    # Syslog only: the events' name, with {app} and {severity}; "" is "syslog". And the zone of times that say
+    # none; "" is the host's.
+    event: str = ""
+    time_zone: str = ""
+    # "" rejects an event that has none; with syslog it is "{hostname}", the line's own.
     distinct_id: str = ""
     properties: Mapping[str, object] = {}
     # PostHog's SDKs cap an event here (posthog-python `posthog/consumer.py`).

@@ -288,6 +288,8 @@ class _Reading:
         if source.project not in projects:
             close = suggestion(source.project, projects)
             self._wrong(f"{where}.project", f"there is no project {source.project!r}{close}")
+        if source.format == "syslog":  # its lines have hostnames of their own
+            return msgspec.structs.replace(source, distinct_id=source.distinct_id or "{hostname}")
         default = source.distinct_id.replace("{hostname}", self._around.hostname)
         return msgspec.structs.replace(source, distinct_id=default)
 

@@ -502,3 +502,14 @@ def test_paths_without_a_file() -> None:
     assert here(own, system=False) == Paths("/run/user/1000/capture-agent", "/home/a/state/capture-agent")
     systemd = {"RUNTIME_DIRECTORY": "/run/a:/run/b", "STATE_DIRECTORY": "/var/lib/a"}
     assert here(own | systemd, system=False) == Paths("/run/a", "/var/lib/a")
+
+
+def test_syslog_has_words_of_its_own() -> None:
+    """Its lines say whose they are; what is only for it is a mistake elsewhere."""
+    text = '[project]\napi_key = "phc_k"\n[[source]]\nkind = "udp"\nformat = "syslog"\n'
+    assert read(text).sources[0].distinct_id == "{hostname}"
+    assert read(text + 'distinct_id = "{app}@{hostname}"').sources[0].distinct_id == "{app}@{hostname}"
+    with pytest.raises(ConfigError, match=r"event: \{person\} is not one of"):
+        read(text + 'event = "{person} did"')
+    with pytest.raises(ConfigError, match='time_zone: is of no use without format = "syslog"'):
+        read(text.replace('"syslog"', '"json"') + 'time_zone = "UTC"')

@@ -1,6 +1,7 @@
 """One client of a stream: its bytes become lines, its lines reads, and their fate acknowledgements."""
 
 from collections import deque
+from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
@@ -9,7 +10,6 @@ import trio
 from agent.accept.peer import Peer
 from agent.accept.putter import Offered, Outcome, Putter
 from agent.clock import Clock
-from agent.decode.ndjson import LineReader
 from agent.events import Cut, Origin, Read, sample
 
 # After a smaller read of a client that waits for no answer, the reader lets some gather.
@@ -86,12 +86,23 @@ class Partials:
             max(self._of, key=self._of.__getitem__).refuse_partial()
 
 
+class Reader(Protocol):
+    """What cuts a stream into lines; see `LineReader`."""
+
+    @property
+    def pending(self) -> int: ...
+    def feed(self, data: bytes) -> bytes: ...
+    def refuse(self) -> None: ...
+    def take_refused(self) -> bytes | None: ...
+    def finish(self) -> bytes: ...
+
+
 class Manner(Protocol):
     """How a source serves its connections, and what they share."""
 
     putter: Putter
     clock: Clock
-    max_event: int
+    reader: Callable[[], Reader]
     ack: bool
     idle_timeout: float
     partials: Partials
@@ -105,7 +116,7 @@ class Connection:
         self._source = source
         self._peer = peer
         self._origin = origin
-        self._reader = LineReader(source.max_event)
+        self._reader = source.reader()
         self._acks: Acknowledgements | None = Acknowledgements() if source.ack else None
         self._offered: deque[Offered] = deque()
         self._more = trio.Event()

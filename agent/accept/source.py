@@ -4,6 +4,7 @@ import socket
 import ssl
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from math import inf
 
 import structlog
@@ -18,12 +19,15 @@ from agent.accept.sender import Senders
 from agent.accept.sockets import address_of, ask_buffer, bind_address, bind_unix, removed_at_the_end
 from agent.accept.stream import StreamSource
 from agent.buffer import Buffer
-from agent.clock import Clock
+from agent.clock import Clock, zone
 from agent.config import Project, Stream, Tcp, Udp, Unix, UnixDatagram, UnixStream
 from agent.config import Source as Settings
+from agent.decode.framing import FrameReader
 from agent.decode.lines import Format
 from agent.decode.logfmt import Logfmt
+from agent.decode.ndjson import LineReader
 from agent.decode.objects import Json
+from agent.decode.syslog import Syslog
 from agent.vouch import Door, Rules
 
 log = structlog.get_logger("accept")
@@ -47,6 +51,7 @@ class Source:
         door = Door(_rules(settings, project), _format(settings))
         self.putter = Putter(settings.name, door, buffer, _rates(settings))
         senders = _senders(settings)
+        syslog = settings.format == "syslog"
         allowed = frozenset(settings.allow_uids) if isinstance(settings, Unix) else frozenset[int]()
         self._reading: DatagramSource | StreamSource
         if isinstance(settings, Stream):
@@ -55,7 +60,7 @@ class Source:
                 sock,
                 self.putter,
                 clock,
-                max_event=settings.max_event,
+                reader=partial(FrameReader if syslog else LineReader, settings.max_event),
                 ack=settings.ack,
                 max_connections=settings.max_connections,
                 idle_timeout=tcp.idle_timeout if tcp else inf,
@@ -70,6 +75,7 @@ class Source:
                 clock,
                 max_event=settings.max_event,
                 granted=granted or 0,
+                one_line=syslog,
                 senders=senders,
                 allowed=allowed,
             )
@@ -101,11 +107,14 @@ def _rules(settings: Settings, project: Project) -> Rules:
     ours: dict[str, object] = {"$lib": "capture-agent", "$lib_version": __version__}
     if project.delivery.disable_geoip:
         ours["$geoip_disable"] = True
+    if settings.format == "syslog":  # a host is no person, and profiles cost
+        ours["$process_person_profile"] = False
     return Rules(
         source=settings.name,
         project=project.name,
         properties={**ours, **settings.properties},
-        distinct_id=settings.distinct_id,
+        # Of a line that is JSON the decoder knows the hostname; without one it is this host's.
+        distinct_id=settings.distinct_id.replace("{hostname}", socket.gethostname()),
         max_event=settings.max_event,
         max_batch_events=project.delivery.max_batch_events,
         max_batch_size=project.delivery.max_batch_size,
@@ -113,7 +122,27 @@ def _rules(settings: Settings, project: Project) -> Rules:
 
 
 def _format(settings: Settings) -> Format:
-    return Logfmt(settings.max_event) if settings.format == "logfmt" else Json(settings.max_event)
+    match settings.format:
+        case "json":
+            return Json(settings.max_event)
+        case "logfmt":
+            return Logfmt(settings.max_event)
+        case "syslog":
+            return Syslog(
+                event=settings.event,
+                distinct_id=settings.distinct_id,
+                hostname=socket.gethostname(),
+                zone=zone(settings.time_zone),
+                max_event=settings.max_event,
+            )
+
+
+def try_source(settings: Settings) -> None:
+    """What a source refers to that cannot be used is told before anything is taken. Raises `AgentError`."""
+    if settings.format == "syslog":
+        zone(settings.time_zone)
+    if isinstance(settings, Tcp):
+        _context_of(settings)
 
 
 def _senders(settings: Settings) -> Senders | None:
@@ -146,6 +175,7 @@ def _context_of(settings: Tcp) -> ssl.SSLContext | None:
 @contextmanager
 def bound(settings: Settings) -> Iterator[tuple[socket.socket, int | None]]:
     """The source's socket for a block, and the receive buffer that the kernel granted (datagrams only)."""
+    try_source(settings)
     with ExitStack() as stack:
         match settings:
             case UnixStream(path=path):
@@ -156,7 +186,6 @@ def bound(settings: Settings) -> Iterator[tuple[socket.socket, int | None]]:
                 stack.enter_context(removed_at_the_end(sock, path))
                 yield sock, ask_buffer(sock, settings.receive_buffer)
             case Tcp(listen=listen):
-                _context_of(settings)  # what is wrong with it is told before anything is taken
                 sock = stack.enter_context(bind_address(listen, socket.SOCK_STREAM))
                 stay_awake(sock)
                 yield sock, None

@@ -4,14 +4,14 @@ import errno
 import os
 import socket
 import ssl
-from collections.abc import Container
+from collections.abc import Callable, Container
 from contextlib import suppress
 from math import inf
 
 import structlog
 import trio
 
-from agent.accept.connection import Connection, Partials
+from agent.accept.connection import Connection, Partials, Reader
 from agent.accept.guard import guarded
 from agent.accept.peer import PlainPeer, TlsPeer
 from agent.accept.putter import Putter
@@ -36,7 +36,7 @@ class StreamSource:
         putter: Putter,
         clock: Clock,
         *,
-        max_event: int,
+        reader: Callable[[], Reader],
         ack: bool,
         max_connections: int,
         idle_timeout: float = inf,
@@ -47,7 +47,7 @@ class StreamSource:
         self._listener = trio.socket.from_stdlib_socket(listener)
         self.putter = putter
         self.clock = clock
-        self.max_event = max_event
+        self.reader = reader
         self.ack = ack
         self.idle_timeout = idle_timeout
         self._tls = tls

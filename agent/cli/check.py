@@ -20,12 +20,15 @@ def command(config_file: str | None, as_json: bool) -> None:
 
     Every mistake is told at once, each with its place; the exit code is then 2.
     """
+    from agent.accept.source import try_source
     from agent.checks import warnings
     from agent.ways_out import try_ways_out
 
     config = load_config(config_file)
     with plainly():
         try_ways_out(config)
+        for source in config.sources:
+            try_source(source)
     for place, what in warnings(config):
         click.echo(f"warning: {place}: {what}", err=True)
     if as_json:

@@ -8,6 +8,7 @@ TARGET is one of `TARGETS`. What fails is kept by libFuzzer as a file `crash-...
 import json
 import sys
 from collections.abc import Callable
+from datetime import UTC
 
 import atheris
 
@@ -15,6 +16,7 @@ with atheris.instrument_imports(include=["agent"]):
     from agent.decode.lines import Format
     from agent.decode.logfmt import Logfmt
     from agent.decode.objects import Json
+    from agent.decode.syslog import Syslog
     from agent.events import Instant, Read
     from agent.pack import inflate
     from agent.vouch import Door, Rules
@@ -59,6 +61,9 @@ def lines_of(form: Format) -> Callable[[bytes], None]:
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "ndjson": lines_of(Json(LONGEST)),
     "logfmt": lines_of(Logfmt(LONGEST)),
+    "syslog": lines_of(
+        Syslog(event="{app}", distinct_id="{hostname}", hostname="host", zone=UTC, max_event=LONGEST)
+    ),
 }
 
 

@@ -1,0 +1,113 @@
+"""Syslog on real sockets: over UDP, TCP and Unix sockets, from logger(1) and from JSON programs."""
+
+import shutil
+import socket
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from sources import datagram, stream, taking, tcp, udp
+
+LINE = b"<38>Nov 24 13:44:25 web-1 sshd[71]: Accepted publickey for deploy"
+NEWER = b"<165>1 2003-10-11T22:14:15.003Z web-2 app 7 ID47 - hello"
+
+
+async def test_a_line_of_udp() -> None:
+    """A datagram is one line, however many newlines are in it; its host is whose event it is."""
+    async with taking(udp(format="syslog", distinct_id="{hostname}")) as taken:
+        host, _, port = taken.source.address.rpartition(":")
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            sender.connect((host, int(port)))
+            for data in (LINE, LINE + b"\nand more\n", b"nonsense", b"\n"):
+                sender.send(data)
+        events = await taken.events(3)
+        assert [event["properties"]["message"] for event in events] == [
+            "Accepted publickey for deploy",
+            "Accepted publickey for deploy\nand more",
+            "nonsense",
+        ]
+        assert [event["distinct_id"] for event in events] == ["web-1", "web-1", socket.gethostname()]
+        assert events[2]["properties"]["unparsed"] is True
+        for event in events:
+            assert event["event"] == "syslog"
+            assert event["properties"]["$process_person_profile"] is False
+            assert event["options"] == {"process_person_profile": False}
+
+
+async def test_the_time_of_receipt_unless_the_line_knows_better() -> None:
+    """Whole seconds are not enough to tell events apart; a fraction is the event's own time."""
+    async with taking(tcp(format="syslog", time_zone="UTC")) as taken:
+        host, _, port = taken.source.address.rpartition(":")
+        async with await trio.open_tcp_stream(host, int(port)) as sender:
+            await sender.send_all(LINE + b"\n" + NEWER + b"\n")
+        first, second = await taken.events(2)
+        assert first["timestamp"] > "2026"
+        assert first["properties"]["syslog_timestamp"].endswith("-11-24T13:44:25Z")
+        assert second["timestamp"] == "2003-10-11T22:14:15.003000Z"
+
+
+@pytest.mark.parametrize("framed", [b"%d %b", b"%b\n", b"%b\0"])
+async def test_both_framings(framed: bytes, tmp_path: Path) -> None:
+    """Counted or ended, told by the first bytes of a connection; a counted frame may hold newlines."""
+    counted = framed.startswith(b"%d")
+    lines = [LINE, NEWER, LINE + (b"\nmore" if counted else b"")]
+    async with taking(stream(tmp_path, format="syslog")) as taken:
+        async with await trio.open_unix_socket(taken.source.address) as sender:
+            for line in lines:
+                await sender.send_all(framed % ((len(line), line) if counted else line))
+        events = await taken.events(3)
+        assert events[2]["properties"]["message"].endswith("\nmore" if counted else "deploy")
+
+
+async def test_names_and_ids_can_be_made_of_the_line(tmp_path: Path) -> None:
+    """`event` and `distinct_id` may hold what the line says."""
+    settings = stream(tmp_path, format="syslog", event="{app} {severity}", distinct_id="{app}@{hostname}")
+    async with taking(settings) as taken:
+        async with await trio.open_unix_socket(taken.source.address) as sender:
+            await sender.send_all(LINE + b"\n")
+        [event] = await taken.events(1)
+        assert (event["event"], event["distinct_id"]) == ("sshd info", "sshd@web-1")
+
+
+async def test_an_event_in_a_message_is_that_event(tmp_path: Path) -> None:
+    """Bare or after `@cee:`, whatever stands before it."""
+    event = b'{"event":"signup","distinct_id":"u","properties":{"plan":"pro"}}'
+    async with taking(datagram(tmp_path, format="syslog")) as taken:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.connect(taken.source.address)
+            for data in (event, b"<13>Nov 24 13:44:25 web-1 app: @cee: " + event, LINE):
+                await trio.to_thread.run_sync(sender.send, data)
+        events = await taken.events(3)
+        assert [found["event"] for found in events] == ["signup", "signup", "syslog"]
+        assert events[0]["properties"]["plan"] == events[1]["properties"]["plan"] == "pro"
+
+
+@pytest.mark.skipif(shutil.which("logger") is None, reason="needs logger(1)")
+@pytest.mark.parametrize("rfc", ["--rfc3164", "--rfc5424", None])
+@pytest.mark.parametrize("make", [datagram, stream, udp, tcp])
+async def test_logger(rfc: str | None, make: Any, tmp_path: Path) -> None:
+    """What logger(1) sends, by every road that it knows, is read."""
+    unix = make in (datagram, stream)
+    settings = make(tmp_path, format="syslog") if unix else make(format="syslog")
+    async with taking(settings) as taken:
+        where = ["--socket", taken.source.address]
+        if not unix:
+            host, _, port = taken.source.address.rpartition(":")
+            where = ["--tcp" if make is tcp else "--udp", "--server", host, "--port", port]
+        command = ["logger", *where, "--tag", "backup", "--id=71", "-p", "local3.warning", "all done"]
+        command += [rfc] if rfc and not unix else []
+        done = await trio.to_thread.run_sync(
+            lambda: subprocess.run(command, check=False, capture_output=True)
+        )
+        assert done.returncode == 0, done.stderr
+        [event] = await taken.events(1)
+        properties = event["properties"]
+        assert (properties["message"], properties["app"], properties["procid"]) == (
+            "all done",
+            "backup",
+            "71",
+        )
+        assert (properties["facility"], properties["severity"]) == ("local3", "warning")
+        assert "unparsed" not in properties
