@@ -144,8 +144,7 @@ def sample(line: bytes) -> str:
 class Tally(msgspec.Struct, frozen=True, kw_only=True):
     """What reads of one source amounted to; enters the books in the commit of their chunks.
 
-    `restamped` counts events whose own timestamp could not be read; `dropped` the datagrams that the
-    kernel dropped before they could be read.
+    `restamped` counts events whose own timestamp could not be read.
     """
 
     source: str
@@ -153,4 +152,3 @@ class Tally(msgspec.Struct, frozen=True, kw_only=True):
     rejected: Mapping[Reason, int] = msgspec.field(default_factory=dict)
     truncated: int = 0
     restamped: int = 0
-    dropped: int = 0

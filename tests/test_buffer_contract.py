@@ -15,7 +15,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agent import config
-from agent.buffer import CLOCKS_KEPT, MOST_BURIALS, Buffer, DeadEvent, Entry, Kept, Lease, Limits, leased
+from agent.buffer import (
+    CLOCKS_KEPT,
+    MOST_BURIALS,
+    SOCKETS_KEPT,
+    Buffer,
+    DeadEvent,
+    Entry,
+    Kept,
+    Lease,
+    Limits,
+    leased,
+    newly_dropped,
+)
 from agent.buffer.memory import open_memory
 from agent.buffer.sqlite import open_sqlite
 from agent.events import Burial, Chunk, Tally
@@ -219,10 +231,9 @@ async def test_damaged_events_are_shed(opened: Opener) -> None:
 async def test_rejects_enter_the_books_without_chunks(opened: Opener) -> None:
     """A read of nothing but rejects is a put of no chunks."""
     async with opened() as buffer:
-        refused = tally(3, rejected={"malformed_json": 2, "too_deep": 1}, truncated=1, restamped=2, dropped=7)
+        refused = tally(3, rejected={"malformed_json": 2, "too_deep": 1}, truncated=1, restamped=2)
         assert await buffer.put((), refused) == 0
         assert buffer.books()[Entry("rejected", "app", "malformed_json")] == 2
-        assert total(buffer, "dropped") == 7
         assert (total(buffer, "truncated"), total(buffer, "restamped")) == (1, 2)
         assert_balanced(buffer)
 
@@ -410,6 +421,38 @@ async def test_clocks_of_boots_are_kept(opened: Opener) -> None:
         assert len(buffer.clocks()) == CLOCKS_KEPT
         assert "b" not in buffer.clocks()
         assert buffer.clocks()["a"] == 3
+
+
+async def test_what_the_kernel_dropped_is_booked_once(opened: Opener) -> None:
+    """A socket's count goes on from where it was noted, whoever tells it; each socket has its own."""
+    async with opened() as buffer:
+        for source, socket, count in (("app", "a", 7), ("app", "a", 7), ("app", "b", 2), ("other", "a", 10)):
+            await buffer.note_drops(source, socket, count)
+        assert total(buffer, "dropped", label="app") == 9
+        assert total(buffer, "dropped", label="other") == 3
+
+
+async def test_sockets_that_are_long_gone_are_forgotten(opened: Opener) -> None:
+    """The notes have a bound; those that are looked at stay."""
+    async with opened() as buffer:
+        await buffer.note_drops("app", "old", 5)
+        await buffer.note_drops("app", "kept", 5)
+        for number in range(SOCKETS_KEPT - 1):
+            await buffer.note_drops("app", f"later-{number}", 0)
+        before = total(buffer, "dropped")
+        await buffer.note_drops("app", "kept", 5)
+        assert total(buffer, "dropped") == before
+        await buffer.note_drops("app", "old", 5)
+        assert total(buffer, "dropped") == before + 5
+
+
+@pytest.mark.parametrize(
+    ("noted", "now", "new"),
+    [(0, 0, 0), (5, 9, 4), (2**32 - 1, 1, 2), (7, 3, 3), (2**31 + 5, 2, 2**31 - 3), (5, 0, 0)],
+)
+def test_a_count_of_32_bits_goes_round(noted: int, now: int, new: int) -> None:
+    """It begins anew after 2^32; one that went back is another socket's, all of which is new."""
+    assert newly_dropped(noted, now) == new
 
 
 async def test_what_is_left_of_a_chunk_keeps_its_own_place(opened: Opener) -> None:

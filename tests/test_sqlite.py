@@ -18,7 +18,7 @@ from sqlite_utils import Database
 from test_buffer_contract import ALL, FULL, LARGE, assert_balanced, chunk, put, take, total
 
 from agent import AgentError, config
-from agent.buffer import BufferBroken, BufferBusy
+from agent.buffer import BufferBroken, BufferBusy, Entry
 from agent.buffer.file import APPLICATION_ID
 from agent.buffer.schema import first_tables
 from agent.buffer.sqlite import SqliteBuffer, open_sqlite
@@ -79,6 +79,16 @@ async def test_an_older_file_is_brought_forward(tmp_path: Path) -> None:
         (letter,) = await buffer.letters(0, 10)
         assert (letter.id, letter.at, letter.attempts, letter.marks) == (3, 5, 2, GIVEN | LONG)
         assert_balanced(buffer)
+
+
+async def test_what_was_dropped_is_not_booked_again_after_a_restart(tmp_path: Path) -> None:
+    """The notes of the sockets are on disk with the books."""
+    path = tmp_path / "b.db"
+    async with opened(path) as buffer:
+        await buffer.note_drops("app", "a", 7)
+    async with opened(path) as buffer:
+        await buffer.note_drops("app", "a", 10)
+        assert buffer.books()[Entry("dropped", "app", "")] == 10
 
 
 async def test_one_owner(tmp_path: Path) -> None:

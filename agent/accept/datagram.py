@@ -8,7 +8,8 @@ import trio
 from agent.accept.drain import Drain, SignedDrain
 from agent.accept.putter import Putter
 from agent.accept.sender import Senders, ask_credentials
-from agent.accept.sockets import read_drops
+from agent.accept.sockets import read_cookie, read_drops
+from agent.buffer import BufferBroken
 from agent.clock import Clock
 from agent.decode.ndjson import count_lines
 from agent.events import Denied, Origin, Read
@@ -53,8 +54,10 @@ class DatagramSource:
             ask_credentials(sock)
         kind = Drain if senders is None else SignedDrain
         self._drain = kind(sock, max_event, patient=not self._pausing, one_line=one_line)
-        self._drops = read_drops(sock)
-        self.drops_known = self._drops is not None
+        # Unlike its descriptor it is never used twice in a boot, and the same for whoever reads the socket.
+        self._cookie = read_cookie(sock)
+        self._drops = 0
+        self.drops_known = self._cookie is not None and read_drops(sock) is not None
 
     async def run(self, stop: trio.Event) -> None:
         """Read until `stop`, then drain the kernel's queue once."""
@@ -99,12 +102,15 @@ class DatagramSource:
     async def _count_drops(self) -> None:
         """Look at the kernel's count, also when no datagram comes any more."""
         while True:
-            await trio.sleep(DROPS_SECONDS)
             await self._count_new_drops()
+            await trio.sleep(DROPS_SECONDS)
 
     async def _count_new_drops(self) -> None:
         dropped = read_drops(self._sock)
-        if dropped is not None and self._drops is not None and dropped != self._drops:
-            new = (dropped - self._drops) % 2**32
-            self._drops = dropped
-            await self._putter.count_dropped(new)
+        if not self.drops_known or dropped is None or dropped == self._drops:
+            return
+        try:
+            await self._putter.note_drops(f"{self._clock.now().boot}/{self._cookie}", dropped)
+        except BufferBroken:
+            return  # the buffer tells its own trouble; the next look tries again
+        self._drops = dropped

@@ -14,7 +14,7 @@ import trio
 from agent.accept.rates import Rates
 from agent.buffer import Buffer
 from agent.decode.ndjson import count_byte, count_lines
-from agent.events import CHUNK_BYTES, CHUNK_EVENTS, Denied, Instant, Read, Reject, Tally
+from agent.events import CHUNK_BYTES, CHUNK_EVENTS, Denied, Instant, Read, Reject
 from agent.texts import RANDOM_BITS
 from agent.vouch import Decoded, Door
 
@@ -134,9 +134,9 @@ class Putter:
         denied = Denied("rate_limited", count_lines(rest), "" if uid is None else f"of uid {uid}")
         return read._replace(lines=read.lines[: len(read.lines) - len(rest)], denied=denied)
 
-    async def count_dropped(self, datagrams: int) -> None:
-        """Enter into the books what the kernel dropped."""
-        await self._buffer.put((), Tally(source=self._source, dropped=datagrams))
+    async def note_drops(self, socket: str, total: int) -> None:
+        """Have what the kernel dropped entered into the books. Raises `BufferBroken` where that fails."""
+        await self._buffer.note_drops(self._source, socket, total)
 
     def close(self) -> None:
         """Nothing more will be offered: put what is here and end."""

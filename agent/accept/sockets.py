@@ -15,8 +15,10 @@ from agent import AgentError
 # Linux's socket options that Python does not name (asm-generic/socket.h).
 SO_RCVBUFFORCE = 33
 SO_MEMINFO = 55
+SO_COOKIE = 57
 _MEMINFO = struct.Struct("=9I")  # linux/sock_diag.h: SK_MEMINFO_VARS; the ninth counts drops
 _DROPS = 8
+_COOKIE = struct.Struct("=Q")
 
 # Connections that may wait to be accepted; the kernel cuts it at somaxconn.
 BACKLOG = 4096
@@ -169,6 +171,16 @@ def read_drops(sock: socket.socket) -> int | None:
     except (OSError, struct.error):
         return None
     return words[_DROPS]
+
+
+def read_cookie(sock: socket.socket) -> int | None:
+    """The kernel's number for the socket, given to no other one of this boot; None where unknown."""
+    try:
+        told = sock.getsockopt(socket.SOL_SOCKET, SO_COOKIE, _COOKIE.size)
+        number: int = _COOKIE.unpack(told)[0]
+    except (OSError, struct.error):
+        return None
+    return number
 
 
 def address_of(sock: socket.socket) -> str:

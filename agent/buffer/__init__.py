@@ -23,6 +23,8 @@ SHED_AT_THE_DOOR: tuple[Shed, ...] = ("full_newest", "shutdown")
 
 # A board that is switched off each night, and waits three years for its network.
 CLOCKS_KEPT = 1000
+# Each start opens new sockets unless systemd holds them; only those that dropped something are noted.
+SOCKETS_KEPT = 1000
 
 # What a delivery says that passes over nobody's events.
 NOBODY: Container[str | None] = frozenset()
@@ -192,6 +194,14 @@ class Buffer(Protocol):
     def clocks(self) -> Mapping[str, int]:
         """What was noted last of each boot, the newest `CLOCKS_KEPT`."""
 
+    async def note_drops(self, source: str, socket: str, total: int) -> None:
+        """Book as dropped what the kernel's count of a socket says beyond the last note of it.
+
+        `socket` names it for ever, also after reboots; of one that was never noted everything is new. In one
+        transaction, so that each datagram is booked once whoever reads the socket, and whatever is killed.
+        Raises `BufferBroken` where it cannot be written.
+        """
+
     def stats(self) -> Stats:
         """What it holds now."""
 
@@ -266,6 +276,15 @@ def too_old_at(chunks: Sequence[Chunk], max_age: int) -> int | None:
     return min(chunk.received_at for chunk in chunks) + max_age if max_age else None
 
 
+def newly_dropped(noted: int, total: int) -> int:
+    """How far a socket's count has gone on; the kernel keeps 32 bits of it.
+
+    One that seems to have gone back is another socket's, where boots cannot be told apart.
+    """
+    more = (total - noted) % 2**32
+    return more if more < 2**31 else total
+
+
 def entries_put(tally: Tally, taken: int, refused: int) -> Books:
     """What a put enters: `refused` events of the tally's were shed by `drop_newest`."""
     books = Books(
@@ -275,7 +294,6 @@ def entries_put(tally: Tally, taken: int, refused: int) -> Books:
             Entry("shed", tally.source, "full_newest"): refused,
             Entry("truncated", tally.source, ""): tally.truncated,
             Entry("restamped", tally.source, ""): tally.restamped,
-            Entry("dropped", tally.source, ""): tally.dropped,
         }
     )
     for reason, count in tally.rejected.items():

@@ -124,6 +124,10 @@ class Desk:
         """See `Buffer.note_clock`."""
         await self._run(lambda store: store.note_clock(boot, ahead))
 
+    async def note_drops(self, source: str, socket: str, total: int) -> None:
+        """See `Buffer.note_drops`."""
+        await self._run(lambda store: store.note_drops(source, socket, total))
+
     async def letters_kept(self) -> LettersKept:
         """See `DeadLetters.letters_kept`."""
         return await self._run(lambda store: LettersKept(store.letters.count, store.letters.newest))

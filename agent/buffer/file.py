@@ -11,7 +11,7 @@ from agent.buffer import BufferBroken, BufferBusy
 
 # "PHca" in ASCII: tells our databases from every other program's (SQLite's application_id).
 APPLICATION_ID = 0x50486361
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 # Packed chunks are tens of KB; measured, 16 KiB pages cost a quarter less than 4 KiB ones.
 PAGE_BYTES = 16 * 1024

@@ -17,6 +17,7 @@ from agent import config
 from agent.buffer import (
     CLOCKS_KEPT,
     NOBODY,
+    SOCKETS_KEPT,
     Books,
     DeadEvent,
     DeadLetter,
@@ -28,6 +29,7 @@ from agent.buffer import (
     Stats,
     entries_put,
     entries_settle,
+    newly_dropped,
     revived,
     too_old_at,
 )
@@ -58,6 +60,7 @@ class MemoryBuffer:
         self._dead_bytes = 0
         self._last_letter = 0
         self._clocks: dict[str, int] = {}
+        self._drops: dict[str, int] = {}
         self._books: Books = Counter()
         self._waiting = Waiting()
         self._room = trio.Event()
@@ -272,15 +275,18 @@ class MemoryBuffer:
 
     async def note_clock(self, boot: str, ahead: int) -> None:
         """See `Buffer.note_clock`."""
-        self._clocks.pop(boot, None)
-        self._clocks[boot] = ahead
-        while len(self._clocks) > CLOCKS_KEPT:
-            del self._clocks[next(iter(self._clocks))]
+        _note(self._clocks, boot, ahead, CLOCKS_KEPT)
         await trio.lowlevel.checkpoint()
 
     def clocks(self) -> Mapping[str, int]:
         """See `Buffer.clocks`."""
         return self._clocks
+
+    async def note_drops(self, source: str, socket: str, total: int) -> None:
+        """See `Buffer.note_drops`."""
+        self._books[Entry("dropped", source, "")] += newly_dropped(self._drops.get(socket, 0), total)
+        _note(self._drops, socket, total, SOCKETS_KEPT)
+        await trio.lowlevel.checkpoint()
 
     def stats(self) -> Stats:
         """See `Buffer.stats`."""
@@ -303,6 +309,14 @@ class MemoryBuffer:
         """See `Buffer.close_door`."""
         self._closing = True
         self._show()
+
+
+def _note(notes: dict[str, int], name: str, value: int, most: int) -> None:
+    """Remember a value as the newest, and forget the oldest beyond `most`."""
+    notes.pop(name, None)
+    notes[name] = value
+    while len(notes) > most:
+        del notes[next(iter(notes))]
 
 
 def _cost(chunk: Chunk) -> int:

@@ -21,9 +21,6 @@ CHUNK_BY_ID = """SELECT events, size, crc, received_at, boot, monotonic, packed,
     FROM chunk WHERE id = ?"""
 OLDEST = "SELECT id, project, key, events, bytes, received_at FROM chunk ORDER BY id"
 
-NOTE_CLOCK = "INSERT OR REPLACE INTO clock (boot, ahead) VALUES (?, ?)"
-FORGET_CLOCKS = """DELETE FROM clock WHERE id NOT IN (SELECT id FROM clock ORDER BY id DESC LIMIT ?)"""
-
 # What a row costs beside its packed bytes: columns, its index entry, page headers; measured, rounded up.
 ROW_BYTES = 200
 

@@ -2,7 +2,8 @@
 
 `chunk`: what waits, a row a chunk, the oldest first by `id`, which is never used twice. `dead`: what PostHog
 refused. `books`: the totals, a row for each joint, label (a source's or project's name) and reason. `clock`:
-how far each boot's wall clock was ahead of its monotonic one (µs) when it was last looked at.
+how far each boot's wall clock was ahead of its monotonic one (µs) when it was last looked at. `drops`: how
+many datagrams the kernel had dropped of each socket when that was last booked.
 """
 
 import sqlite3
@@ -71,8 +72,16 @@ def what_an_event_went_through(db: Database) -> None:
     )
 
 
+@migrations()
+def what_sockets_dropped(db: Database) -> None:
+    """Version 3: a socket that systemd holds outlives the agent, and its count goes on."""
+    db.execute(
+        "CREATE TABLE drops (id INTEGER PRIMARY KEY, socket TEXT NOT NULL UNIQUE, total INTEGER NOT NULL)"
+    )
+
+
 # Kept in SQLite's `user_version`, so that a start with nothing to migrate need not load this module.
-VERSION = 2
+VERSION = 3
 
 
 def migrate(connection: sqlite3.Connection) -> None:

@@ -66,7 +66,7 @@ class SqliteBuffer(Desk):
 
     def clocks(self) -> Mapping[str, int]:
         """See `Buffer.clocks`."""
-        return self._store.clocks
+        return self._store.notes.clocks
 
     def close_door(self) -> None:
         """From now on a put that finds no room is given up, counted as shed by the shutdown."""

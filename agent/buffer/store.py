@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from agent.buffer import (
-    CLOCKS_KEPT,
     Books,
     Entry,
     Lease,
@@ -22,13 +21,12 @@ from agent.buffer.file import PAGE_BYTES, Ownership, Room, connect, disk_bytes
 from agent.buffer.lane_rows import LaneRows
 from agent.buffer.lanes import Lane, Lanes
 from agent.buffer.letters import Letters
+from agent.buffer.notes import Notes
 from agent.buffer.rows import (
     CHUNK_BY_ID,
     COUNT_LANES,
     ENTER,
-    FORGET_CLOCKS,
     INSERT_CHUNK,
-    NOTE_CLOCK,
     OLDEST,
     ROW_BYTES,
     UPDATE_CHUNK,
@@ -75,7 +73,7 @@ class Store:
             self.events += events
             self.bytes += size
         self.letters = Letters(self._connection, self.max_size)
-        self.clocks: dict[str, int] = dict(run("SELECT boot, ahead FROM clock ORDER BY id"))
+        self.notes = Notes(self._connection)
         self._look_around()
 
     def close(self) -> None:
@@ -319,11 +317,15 @@ class Store:
         return len(letters)
 
     def note_clock(self, boot: str, ahead: int) -> None:
-        """Remember a boot's clock, and forget the oldest."""
+        """See `Buffer.note_clock`."""
         with self._transaction():
-            self._connection.execute(NOTE_CLOCK, (boot, ahead))
-            self._connection.execute(FORGET_CLOCKS, (CLOCKS_KEPT,))
-        self.clocks = dict(self._connection.execute("SELECT boot, ahead FROM clock ORDER BY id"))
+            self.notes.note_clock(boot, ahead)
+        self.notes.read_clocks()
+
+    def note_drops(self, source: str, socket: str, total: int) -> None:
+        """See `Buffer.note_drops`."""
+        with self._transaction() as change:
+            self.notes.note_drops(source, socket, total, change)
 
     def give_back_pages(self, most: int) -> None:
         """Return up to `most` free pages to the filesystem, unless it has no room for the change itself."""
