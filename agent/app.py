@@ -5,10 +5,11 @@ before the modules that nobody waits for yet (the HTTP client and server) are ev
 starts must not make its senders wait.
 """
 
+import os
 import resource
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -17,8 +18,8 @@ import msgspec
 import structlog
 import trio
 
-from agent.accept.sockets import address_of, bind_address, bind_unix, removed_at_the_end
-from agent.accept.source import Source, bound
+from agent.accept.sockets import Opened, address_of, bind_address, bind_unix, removed_at_the_end
+from agent.accept.source import Source, opened
 from agent.buffer import Buffer, Kept
 from agent.buffer.memory import open_memory
 from agent.buffer.sqlite import open_sqlite
@@ -27,6 +28,8 @@ from agent.config import Admin, Config, Stream
 from agent.config import Source as Settings
 from agent.memory import keep_freed, settle_in
 from agent.metrics import Metrics
+from agent.source_checks import ADMIN_SOCKET
+from agent.systemd import NOTHING, UNIX_STREAM, Passed
 from agent.timekeeper import Timekeeper
 from agent.ways_out import try_ways_out
 
@@ -50,12 +53,13 @@ KEPT_DESCRIPTORS = 48
 class Agent:
     """One agent; `ready` is set when its sources take events, setting `stop` ends it in order."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, passed: Passed = NOTHING) -> None:
         self.config = config
         self.ready = trio.Event()
         self.stop = trio.Event()
         self.sources: list[Source] = []
         self.pages = ""  # the address of the pages, empty where there is none
+        self._passed = passed
         self._metrics = Metrics()
         self._clock = Clock()
 
@@ -64,9 +68,12 @@ class Agent:
         keep_freed()
         self.config = _with_descriptors(self.config, _raise_descriptor_limit())
         try_ways_out(self.config)
+        _tell_unused(self.config, self._passed)
         with ExitStack() as stack:
-            sockets = [stack.enter_context(bound(settings)) for settings in self.config.sources]
-            pages = stack.enter_context(_page_sockets(self.config.admin))
+            sockets = [
+                stack.enter_context(opened(settings, self._passed)) for settings in self.config.sources
+            ]
+            pages = stack.enter_context(_page_sockets(self.config.admin, self._passed))
             self.pages = next((address_of(sock) for sock, private in pages if not private), "")
             async with trio.open_nursery() as showing:
                 async with self._open_buffer() as buffer:
@@ -81,15 +88,14 @@ class Agent:
     async def _serve(
         self,
         buffer: Kept,
-        sockets: list[tuple[socket.socket, int | None]],
+        sockets: list[Sequence[Opened]],
         pages: list[tuple[socket.socket, bool]],
         showing: trio.Nursery,
     ) -> None:
         """Accept, then deliver and show; until `stop`, and then in the opposite order."""
         projects = {project.name: project for project in self.config.projects}
-        for settings, (sock, granted) in zip(self.config.sources, sockets, strict=True):
-            project = projects[settings.project]
-            self.sources.append(Source(settings, project, sock, granted, buffer, self._clock))
+        for settings, its in zip(self.config.sources, sockets, strict=True):
+            self.sources.append(Source(settings, projects[settings.project], its, buffer, self._clock))
         timekeeper = Timekeeper(self._clock, buffer)
         await timekeeper.look()  # before anything is stamped
         async with trio.open_nursery() as delivering, trio.open_nursery() as watching:
@@ -152,17 +158,48 @@ async def run_until_signalled(agent: Agent) -> None:
 
 
 @contextmanager
-def _page_sockets(admin: Admin) -> Iterator[list[tuple[socket.socket, bool]]]:
-    """The sockets of the pages for a block, and whether what is asked there is private."""
+def _page_sockets(admin: Admin, passed: Passed) -> Iterator[list[tuple[socket.socket, bool]]]:
+    """The sockets of the pages for a block, and whether what is asked there is private.
+
+    The admin socket is systemd's where it passed one of that name: the commands look for it at `admin.socket`
+    either way.
+    """
     pages: list[tuple[socket.socket, bool]] = []
     with ExitStack() as stack:
-        if admin.socket:
+        if admin.socket and ADMIN_SOCKET in passed.left:
+            sockets = passed.take(ADMIN_SOCKET, (UNIX_STREAM,), "the admin socket")
+            pages += [(stack.enter_context(sock), True) for sock in sockets]
+            if not any(_same_place(address_of(sock), admin.socket) for sock in sockets):
+                log.warning(
+                    "the admin socket that systemd passed is not where the commands look for it",
+                    passed=", ".join(map(address_of, sockets)),
+                    configured=admin.socket,
+                    hint="set admin.socket to its ListenStream=",
+                )
+        elif admin.socket:
             sock = bind_unix(admin.socket, socket.SOCK_STREAM, ADMIN_MODE)
             pages.append((stack.enter_context(removed_at_the_end(sock, admin.socket)), True))
         if admin.listen:
             sock = stack.enter_context(bind_address(admin.listen, socket.SOCK_STREAM))
             pages.append((sock, False))
         yield pages
+
+
+def _tell_unused(config: Config, passed: Passed) -> None:
+    """One line where systemd holds sockets for nobody; what is wrong with a name shows here."""
+    used = {ADMIN_SOCKET} if config.admin.socket else set()
+    used |= {source.socket for source in config.sources}
+    if unused := [name for name in passed.left if name not in used]:
+        log.warning(
+            "nobody uses some of the sockets that systemd passed; who sends to them waits",
+            sockets=", ".join(unused),
+            hint='give a source socket = "NAME", or take them out of the .socket unit',
+        )
+
+
+def _same_place(path: str, other: str) -> bool:
+    """Whether two paths are one, as /run and /var/run are."""
+    return os.path.realpath(path) == os.path.realpath(other)
 
 
 def _raise_descriptor_limit() -> int:

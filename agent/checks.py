@@ -2,12 +2,11 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping
-from ipaddress import ip_address
+from collections.abc import Iterator
 from urllib.parse import urlsplit
 
+from agent.bounds import PATH_BYTES, Wrong, between, named, path, wrong_address
 from agent.config import (
-    GIB,
     KIB,
     MIB,
     Admin,
@@ -16,17 +15,13 @@ from agent.config import (
     Delivery,
     Project,
     Settings,
-    Source,
     Tcp,
     Udp,
     UnixDatagram,
     UnixStream,
 )
 from agent.events import CHUNK_EVENTS, OTHER
-from agent.units import format_duration, format_size
-
-# What is wrong, and of which setting.
-Wrong = tuple[str, str]
+from agent.source_checks import is_loopback, of_source
 
 # PostHog's own limit on a key (`rust/capture/src/token.rs`).
 KEY_BYTES = 64
@@ -35,16 +30,10 @@ OTHER_KEYS = {"phx_": "a personal API key", "phs_": "a project secret key", "pha
 # Where people look at their events (posthog-python `posthog/request.py` rewrites the same hosts).
 APP_HOSTS = {"app.posthog.com": "us", "us.posthog.com": "us", "eu.posthog.com": "eu"}
 
-# unix(7): 108 bytes with the NUL at the end.
-PATH_BYTES = 107
-# PostHog's limit on one event with its envelope is 1,000,000 bytes (`rust/capture/src/config.rs`).
-LARGEST_EVENT = 976 * KIB
 # What PostHog takes in one request, uncompressed (`rust/capture/src/setup.rs`).
 LARGEST_BATCH = 100 * MIB
 SMALLEST_BUFFER = 16 * MIB
 
-_FIELD = re.compile(r"\{(\w+)\}")
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, token
 # These say how the body is to be read or whose connection it is; the agent sets them.
 _OWN_HEADERS = {
@@ -75,7 +64,7 @@ def of(settings: Settings) -> Iterator[Wrong]:
     """What is wrong with one table."""
     match settings:
         case Project():
-            yield from _named(settings.name)
+            yield from named(settings.name)
             if settings.name == OTHER:
                 yield "name", f"{OTHER!r} is the label of events with keys of their own: choose another"
             if wrong := wrong_host(settings.host):
@@ -83,27 +72,27 @@ def of(settings: Settings) -> Iterator[Wrong]:
         case Delivery():
             yield from _of_delivery(settings)
         case UnixStream() | UnixDatagram() | Udp() | Tcp():
-            yield from _of_source(settings)
+            yield from of_source(settings)
         case Buffer():
-            yield from _path(settings.path, "path", math.inf)
-            yield from _between("max_size", settings.max_size, SMALLEST_BUFFER, 2**60, size=True)
+            yield from path(settings.path, "path", math.inf)
+            yield from between("max_size", settings.max_size, SMALLEST_BUFFER, 2**60, size=True)
         case Admin():
             if settings.socket:
-                yield from _path(settings.socket, "socket", PATH_BYTES)
+                yield from path(settings.socket, "socket", PATH_BYTES)
             if settings.listen and (wrong := wrong_address(settings.listen)):
                 yield "listen", wrong
 
 
 def _of_delivery(delivery: Delivery) -> Iterator[Wrong]:
-    yield from _between("max_batch_events", delivery.max_batch_events, 1, CHUNK_EVENTS)
-    yield from _between("max_batch_size", delivery.max_batch_size, KIB, LARGEST_BATCH, size=True)
-    yield from _between("linger", delivery.linger, 0, 3600, seconds=True)
-    yield from _between("concurrency", delivery.concurrency, 1, 256)
-    yield from _between("timeout", delivery.timeout, 0.1, 3600, seconds=True)
-    yield from _between("backoff_base", delivery.backoff_base, 0.01, 3600, seconds=True)
-    yield from _between("backoff_max", delivery.backoff_max, delivery.backoff_base, 86400, seconds=True)
-    yield from _between("max_attempts", delivery.max_attempts, 0, 1_000_000)
-    yield from _between("cooldown", delivery.cooldown, 1, 86400, seconds=True)
+    yield from between("max_batch_events", delivery.max_batch_events, 1, CHUNK_EVENTS)
+    yield from between("max_batch_size", delivery.max_batch_size, KIB, LARGEST_BATCH, size=True)
+    yield from between("linger", delivery.linger, 0, 3600, seconds=True)
+    yield from between("concurrency", delivery.concurrency, 1, 256)
+    yield from between("timeout", delivery.timeout, 0.1, 3600, seconds=True)
+    yield from between("backoff_base", delivery.backoff_base, 0.01, 3600, seconds=True)
+    yield from between("backoff_max", delivery.backoff_max, delivery.backoff_base, 86400, seconds=True)
+    yield from between("max_attempts", delivery.max_attempts, 0, 1_000_000)
+    yield from between("cooldown", delivery.cooldown, 1, 86400, seconds=True)
     for name, secret in delivery.headers.items():
         value = secret.reveal()
         if _HEADER.fullmatch(name) is None:
@@ -119,52 +108,6 @@ def _of_delivery(delivery: Delivery) -> Iterator[Wrong]:
         yield "proxy", wrong
     if delivery.client_key and not delivery.client_cert:
         yield "client_key", "is of no use without client_cert"
-
-
-def _of_source(source: Source) -> Iterator[Wrong]:
-    yield from _named(source.name)
-    yield from _between("max_event", source.max_event, KIB, LARGEST_EVENT, size=True)
-    if source.distinct_id and not source.distinct_id.strip():
-        yield "distinct_id", "is blank, which PostHog refuses"
-    for name, value in source.properties.items():
-        if not _is_json(value):
-            yield f"properties.{name}", "cannot be told in JSON (nan and inf are not in it)"
-        if name == "$cookieless_mode" and not isinstance(value, bool):
-            yield f"properties.{name}", "must be true or false: PostHog refuses a whole batch for another"
-    for name in ("event", "time_zone"):
-        if getattr(source, name) and source.format != "syslog":
-            yield name, 'is of no use without format = "syslog"'
-    if fields := set(_FIELD.findall(source.event + source.distinct_id)) - {"app", "severity", "hostname"}:
-        yield "event", f"{{{min(fields)}}} is not one of {{app}}, {{severity}} and {{hostname}}"
-    for name, burst in (("max_events_per_second", "burst"), ("uid_events_per_second", "uid_burst")):
-        rate, most = getattr(source, name, 0), getattr(source, burst, 0)
-        yield from _between(name, rate, 0, 1e9)
-        yield from _between(burst, most, 0, 10**9)
-        if most and not rate:
-            yield burst, f"is of no use without {name}"
-    yield from _of_socket(source)
-
-
-def _of_socket(source: Source) -> Iterator[Wrong]:
-    match source:
-        case Udp() | Tcp():
-            if wrong := wrong_address(source.listen):
-                yield "listen", wrong
-        case _:
-            yield from _path(source.path, "path", PATH_BYTES)
-            if not 0 <= source.mode <= 0o777:
-                yield "mode", f"{source.mode:#o} is no file mode, such as 0o660"
-            if any(not 0 <= uid < 2**32 for uid in source.allow_uids):
-                yield "allow_uids", "holds what is no user id"
-    if isinstance(source, UnixStream | Tcp):
-        yield from _between("max_connections", source.max_connections, 1, 1_000_000)
-    if isinstance(source, Tcp):
-        yield from _between("idle_timeout", source.idle_timeout, 1, 30 * 86400, seconds=True)
-        for name, text in (("tls_key", source.tls_key), ("tls_client_ca", source.tls_client_ca)):
-            if text and not source.tls_cert:
-                yield name, "is of no use without tls_cert"
-    if isinstance(source, UnixDatagram | Udp):
-        yield from _between("receive_buffer", source.receive_buffer, 4 * KIB, GIB, size=True)
 
 
 def of_whole(config: Config) -> Iterator[Wrong]:
@@ -185,7 +128,9 @@ def of_whole(config: Config) -> Iterator[Wrong]:
 def _places(config: Config) -> Iterator[Wrong]:
     """Every path and address that is opened, and the setting that says it."""
     for source in config.sources:
-        if isinstance(source, Udp | Tcp):
+        if source.socket:
+            yield f"source[{source.name}].socket", f'"{source.socket}"'
+        elif isinstance(source, Udp | Tcp):
             yield (
                 f"source[{source.name}].listen",
                 f"{str(source.__struct_config__.tag).upper()} {source.listen}",
@@ -201,17 +146,9 @@ def _places(config: Config) -> Iterator[Wrong]:
 def warnings(config: Config) -> Iterator[Wrong]:
     """What is allowed, but a person should know."""
     for source in config.sources:
-        if isinstance(source, Tcp) and not source.tls_cert and not _is_loopback(source.listen):
+        if isinstance(source, Tcp) and source.listen and not (source.tls_cert or is_loopback(source.listen)):
             why = f"{source.listen} is reached from other hosts, and what they send can be read on the way"
             yield f"source[{source.name}].listen", f"{why}: set tls_cert and tls_key, or use 127.0.0.1"
-
-
-def _is_loopback(listen: str) -> bool:
-    host = listen.rpartition(":")[0].removeprefix("[").removesuffix("]")
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def wrong_key(key: str) -> str:
@@ -252,49 +189,3 @@ def _wrong_url(url: str, *, password: bool) -> str:
     if "@" in parts.netloc and not password:
         return "must not hold a user or a password"
     return ""
-
-
-def wrong_address(listen: str) -> str:
-    """Why this is no `HOST:PORT`; empty where it is."""
-    host, _, port = listen.rpartition(":")
-    if not host or not (port.isascii() and port.isdecimal()):
-        return f'{listen!r} is not HOST:PORT, such as "127.0.0.1:8125" or "[::1]:8125"'
-    if int(port) > 65535:
-        return f"there is no port {port}: the last one is 65535"
-    if ":" in host and not (host.startswith("[") and host.endswith("]")):
-        return f"an IPv6 address stands in brackets: [{host}]:{port}"
-    return ""
-
-
-def _named(name: str) -> Iterator[Wrong]:
-    if _NAME.fullmatch(name) is None:
-        yield "name", "1 to 64 letters, digits, dots, dashes and underscores: it is a label of the metrics"
-
-
-def _path(path: str, name: str, most: float) -> Iterator[Wrong]:
-    if not path.startswith("/"):
-        yield name, f"{path!r} must be an absolute path"
-    elif "\0" in path:
-        yield name, "must not hold a NUL"
-    elif (size := len(path.encode("utf-8", "surrogateescape"))) > most:
-        yield name, f"is {size} bytes long, and a Unix socket's path has at most {most:.0f}: {path}"
-
-
-def _between(
-    name: str, value: float, least: float, most: float, *, size: bool = False, seconds: bool = False
-) -> Iterator[Wrong]:
-    if least <= value <= most:
-        return
-    bound, word = (least, "least") if value < least else (most, "most")
-    text = format_size(int(bound)) if size else format_duration(bound) if seconds else str(bound)
-    yield name, f"must be at {word} {text}"
-
-
-def _is_json(value: object) -> bool:
-    if isinstance(value, float):
-        return math.isfinite(value)
-    if isinstance(value, Mapping):
-        return all(map(_is_json, value.values()))
-    if isinstance(value, list):
-        return all(map(_is_json, value))
-    return True

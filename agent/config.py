@@ -99,6 +99,8 @@ class Common(Settings, frozen=True, kw_only=True):
 
     name: str
     project: str
+    # The name of a socket that systemd opens; "" opens one at `path` or `listen`.
+    socket: str = ""
     format: Literal["json", "logfmt", "syslog"] = "json"
     # Syslog only: the events' name, with {app} and {severity}; "" is "syslog". And the zone of times that say
     # none; "" is the host's.
@@ -118,6 +120,7 @@ class Common(Settings, frozen=True, kw_only=True):
 class Unix(Common, frozen=True, kw_only=True):
     """What the sources have that know their senders."""
 
+    # Empty only with `socket`.
     path: str
     # The owner and its group may write; which group, `group` says.
     mode: int = 0o660
@@ -225,6 +228,14 @@ class Paths(msgspec.Struct, frozen=True):
 
     runtime: str
     state: str
+
+
+def default_place(kind: type[Source], paths: Paths, *, passed: bool) -> dict[str, str]:
+    """Where a source's socket is when nothing says so: nowhere of its own, where systemd has `passed` it."""
+    if kind in (UnixStream, UnixDatagram):
+        end = "sock" if kind is UnixStream else "dgram"
+        return {"path": "" if passed else f"{paths.runtime}/events.{end}"}
+    return {"listen": ""} if passed else {}
 
 
 def default_paths(

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from agent import checks
+from agent import checks, config
 from agent.config import (
     Admin,
     Buffer,
@@ -28,6 +28,7 @@ from agent.config import (
     UnixDatagram,
     UnixStream,
 )
+from agent.source_checks import of_passed
 from agent.values import converted, suggestion, written_as_text
 
 PREFIX = "CAPTURE_AGENT_"
@@ -279,11 +280,12 @@ class _Reading:
             self._wrong(f"{where}.kind", f"{said}: one of {known}{suggestion(str(word), tuple(KINDS))}")
             return None
         kind = KINDS[word]
-        values: dict[str, Any] = {"name": word, "project": projects[0]}
-        if kind in (UnixStream, UnixDatagram):
-            end = "sock" if kind is UnixStream else "dgram"
-            values["path"] = f"{self._around.paths.runtime}/events.{end}"
-        values |= {key: value for key, value in table.items() if key != "kind"}
+        given = {key: value for key, value in table.items() if key != "kind"}
+        given = self._overridden(kind, given, f"{where}.", f"source__{name}")
+        for setting, wrong in of_passed(given):
+            self._wrong(f"{where}.{setting}", wrong)
+        place = config.default_place(kind, self._around.paths, passed=bool(given.get("socket")))
+        values = {"name": word, "project": projects[0], **place, **given}
         source = self._struct(kind, values, where, f"source__{name}")
         if source.project not in projects:
             close = suggestion(source.project, projects)

@@ -106,12 +106,18 @@ def configure(folder: Path, url: str, more: str = "") -> Path:
 
 
 @asynccontextmanager
-async def running(config: Path, before: Sequence[str] = ()) -> AsyncIterator[Running]:
+async def running(
+    config: Path, before: Sequence[str] = (), descriptors: Sequence[int] = ()
+) -> AsyncIterator[Running]:
     """A ready agent for a block; what is left of it at the end is killed. `before`: what runs it."""
     folder = config.parent
     with (folder / "log").open("ab") as log:
         process = await trio.lowlevel.open_process(
-            [*before, *COMMAND, "run", "--config", str(config)], stdout=log, stderr=log, env=ENVIRONMENT
+            [*before, *COMMAND, "run", "--config", str(config)],
+            stdout=log,
+            stderr=log,
+            env=ENVIRONMENT,
+            pass_fds=descriptors,
         )
     agent = Running(process, folder)
     try:

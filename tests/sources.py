@@ -9,11 +9,12 @@ import msgspec
 import trio
 
 from agent import config
-from agent.accept.source import Source, bound
+from agent.accept.source import Source, opened
 from agent.buffer import Books, Buffer, Entry, Limits
 from agent.buffer.memory import open_memory
 from agent.clock import Clock
 from agent.pack import inflate
+from agent.systemd import NOTHING, Passed
 
 PROJECT = config.Project(api_key=config.Secret("phc_test"))
 
@@ -48,14 +49,14 @@ class Taken(NamedTuple):
 
 @asynccontextmanager
 async def taking(
-    settings: config.Source, *, max_size: int = 2**30, when_full: Any = "block"
+    settings: config.Source, *, max_size: int = 2**30, when_full: Any = "block", passed: Passed = NOTHING
 ) -> AsyncIterator[Taken]:
     """A running source for a block; it is stopped and has put everything when the block is left."""
     path = "/memory"
     kept = config.Buffer(path=path, kind="memory", max_size=max_size, when_full=when_full)
-    with bound(settings) as (sock, granted):
+    with opened(settings, passed) as sockets:
         async with open_memory(kept) as buffer, trio.open_nursery() as nursery:
-            source = Source(settings, PROJECT, sock, granted, buffer, Clock())
+            source = Source(settings, PROJECT, sockets, buffer, Clock())
             stop = trio.Event()
             nursery.start_soon(source.run, stop)
             with trio.fail_after(20):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from certificates import make_papers
 from processes import COMMAND, ENVIRONMENT, configure, parsed, run, running
 from sources import line
 
@@ -66,11 +67,14 @@ def test_an_unknown_verb_is_a_usage_error_with_a_suggestion() -> None:
         ('listen = "127.0.0.2:8125"', False),
         ('listen = "[::1]:8125"', False),
         ('listen = "localhost:8125"', False),
-        ('listen = "0.0.0.0:8125"\ntls_cert = "/c"\ntls_key = "/k"', False),
+        ('listen = "0.0.0.0:8125"\ntls_cert = "CERT"\ntls_key = "KEY"', False),
     ],
 )
 def test_check_warns_of_what_can_be_read_on_the_way(tmp_path: Path, source: str, warned: bool) -> None:
     """A TCP source that other hosts reach without TLS is allowed, but told."""
+    if "CERT" in source:
+        papers = make_papers(tmp_path)
+        source = source.replace("CERT", papers.cert).replace("KEY", papers.key)
     file = tmp_path / "c.toml"
     file.write_text(f'[project]\napi_key = "phc_x"\n[[source]]\nkind = "tcp"\n{source}\n')
     done = run("check", "--config", str(file))

@@ -8,11 +8,14 @@ from pathlib import Path
 import msgspec
 import pytest
 import trio
-from sources import datagram, line, taking, udp
+from sources import PROJECT, datagram, line, taking, udp
 
 from agent import config
 from agent.accept.drain import UNIX_BYTES
-from agent.accept.source import Source
+from agent.accept.source import Source, bound
+from agent.buffer import BufferBroken, Entry
+from agent.buffer.memory import MemoryBuffer
+from agent.clock import Clock
 
 SO_SNDBUFFORCE = 32  # asm-generic/socket.h; Python has no name for it
 
@@ -131,6 +134,38 @@ async def test_what_the_kernel_drops_is_counted() -> None:
             await trio.sleep(0.01)
         assert taken.total("dropped") > 0
         assert taken.total("received") == taken.total("accepted") == count - taken.total("dropped")
+
+
+class FailingOnce(MemoryBuffer):
+    """A buffer whose first write of the kernel's count fails."""
+
+    failed = False
+
+    async def note_drops(self, source: str, socket: str, total: int) -> None:
+        """See `Buffer.note_drops`."""
+        if not self.failed:
+            self.failed = True
+            raise BufferBroken("database or disk is full")
+        await super().note_drops(source, socket, total)
+
+
+async def test_drops_that_cannot_be_booked_are_booked_later() -> None:
+    """A disk that is full for a while hides none, and ends no source."""
+    settings = udp(receive_buffer=4096)
+    buffer = FailingOnce(config.Buffer(path="/memory", kind="memory"))
+    with bound(settings) as own, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        for number in range(100):
+            sender.sendto(line(number), own.sock.getsockname())
+        source = Source(settings, PROJECT, [own], buffer, Clock())
+        async with trio.open_nursery() as nursery:
+            stop = trio.Event()
+            nursery.start_soon(source.run, stop)
+            with trio.fail_after(20):
+                while not (dropped := buffer.books()[Entry("dropped", "app", "")]):
+                    await trio.sleep(0.01)
+            stop.set()
+    assert buffer.failed
+    assert dropped == 100 - buffer.books()[Entry("received", "app", "")]
 
 
 async def test_a_full_buffer_stops_the_reading(tmp_path: Path) -> None:

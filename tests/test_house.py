@@ -43,6 +43,7 @@ ROOMS = {
     "agent.httpd": "tool",
     "agent.logs": "tool",
     "agent.memory": "tool",
+    "agent.systemd": "tool",
     "agent.admin": "pages",
     "agent.status": "pages",
     "agent.letters": "pages",
@@ -70,6 +71,8 @@ MAY_IMPORT = {
 }
 GROUND = {
     "agent",
+    "agent.bounds",
+    "agent.source_checks",
     "agent.buffer",
     "agent.checks",
     "agent.clock",
@@ -83,6 +86,8 @@ GROUND = {
     "agent.values",
 }
 PURE = {
+    "agent.bounds",
+    "agent.source_checks",
     "agent.checks",
     "agent.config",
     "agent.events",

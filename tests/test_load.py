@@ -10,12 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent.checks import warnings
 from agent.cli.check import resolved
 from agent.config import (
     Config,
     ConfigError,
     Paths,
     Secret,
+    Tcp,
     Udp,
     Unix,
     UnixDatagram,
@@ -83,7 +85,10 @@ def test_the_complete_file_states_the_true_defaults() -> None:
         (document["buffer"], config.buffer, set()),
         (document["admin"], config.admin, set()),
         (document["log"], config.log, set()),
-        *((table, made, set()) for table, made in zip(document["source"], config.sources, strict=True)),
+        *(
+            (table, made, {"socket"})  # which stands there as a comment: it goes in the place of `path`
+            for table, made in zip(document["source"], config.sources, strict=True)
+        ),
     ]
     shared = {field.name for field in msgspec.structs.fields(Unix)}  # written once, at the first source
     for number, (table, made, apart) in enumerate(written):
@@ -114,6 +119,12 @@ def test_what_is_printed_resolved_reads_back_as_the_same() -> None:
         project = "b"
         properties = { site = "berlin", deep = { list = [1, 2.5, true, "x"] } }
         max_event = "12345 B"
+        [[source]]
+        kind = "unix_datagram"
+        socket = "devlog"
+        [[source]]
+        kind = "tcp"
+        socket = "lines"
         [buffer]
         max_age = "7 d"
     """
@@ -472,6 +483,63 @@ def test_a_hostname_may_be_the_distinct_id() -> None:
     """`{hostname}` in a source's distinct_id is this host's name."""
     [source] = read(f"{KEY}[[source]]\nkind = 'udp'\ndistinct_id = 'box {{hostname}}'\n").sources
     assert source.distinct_id == "box berlin-7"
+
+
+def test_a_socket_that_systemd_opens_has_no_place_of_its_own() -> None:
+    """A source with `socket` listens nowhere else, whichever its kind, and wherever that is said."""
+    text = f"{KEY}[[source]]\nkind = 'udp'\nsocket = 'a'\n[[source]]\nkind = 'unix_stream'\nmode = 0o600\n"
+    inherited, own = read(text).sources
+    assert isinstance(inherited, Udp)
+    assert isinstance(own, UnixStream)
+    assert (inherited.socket, inherited.listen) == ("a", "")
+    assert (own.socket, own.path) == ("", "/run/capture-agent/events.sock")
+    text = f"{KEY}[[source]]\nkind = 'unix_datagram'\n[[source]]\nkind = 'tcp'\n"
+    env = {"CAPTURE_AGENT_SOURCE__UNIX_DATAGRAM__SOCKET": "b", "CAPTURE_AGENT_SOURCE__TCP__SOCKET": "c"}
+    datagram, tcp = read(text, env).sources
+    assert isinstance(datagram, UnixDatagram)
+    assert isinstance(tcp, Tcp)
+    assert (datagram.socket, datagram.path, tcp.socket, tcp.listen) == ("b", "", "c", "")
+    assert not list(warnings(read(text, env)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting", "unit"),
+    [
+        ("udp", "listen = '127.0.0.1:8125'", "ListenStream= or ListenDatagram="),
+        ("unix_stream", "path = '/s'", "ListenStream= or ListenDatagram="),
+        ("unix_datagram", "mode = 0o660", "SocketMode="),
+        ("unix_datagram", "group = 'adm'", "SocketGroup="),
+    ],
+)
+def test_what_systemd_rules_is_not_configured_here(kind: str, setting: str, unit: str) -> None:
+    """A place, mode or group beside `socket` is a mistake that says where it belongs."""
+    name = setting.partition(" ")[0]
+    [line] = mistakes(f"{KEY}[[source]]\nkind = '{kind}'\nsocket = 'events'\n{setting}\n")
+    why = f"systemd opens it, as {unit} in the .socket unit says"
+    assert line == f"c.toml: source[{kind}].{name}: does not go with `socket`: {why}"
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("a:b", "'a:b' is no name that FileDescriptorName= takes: ASCII without a colon"),
+        ("ä", "'ä' is no name that FileDescriptorName= takes: ASCII without a colon"),
+        ("x" * 256, "is no name that FileDescriptorName= takes"),
+        ("admin", '"admin" is the name of the admin socket: give this one another'),
+    ],
+)
+def test_a_sockets_name_is_one_that_systemd_takes(name: str, told: str) -> None:
+    """What no .socket unit can say is a mistake, and so is the name that means something else."""
+    [line] = mistakes(f"{KEY}[[source]]\nkind = 'udp'\nsocket = '{name}'\n")
+    assert line.startswith("c.toml: source[udp].socket: ")
+    assert told in line
+
+
+def test_two_sources_cannot_have_one_socket() -> None:
+    """Who took an event would be chance."""
+    one, two = "[[source]]\nkind = 'udp'\nname = 'a'\n", "[[source]]\nkind = 'tcp'\nname = 'b'\n"
+    told = mistakes(f"{KEY}{one}socket = 'x'\n{two}socket = 'x'\n")
+    assert told == ['c.toml: source[b].socket: "x" is that of source[a].socket already']
 
 
 def test_a_secret_shows_itself_to_nobody() -> None:

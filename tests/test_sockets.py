@@ -133,6 +133,13 @@ def test_ipv6_addresses_have_brackets() -> None:
         assert address_of(sock).startswith("[::1]:")
 
 
+def test_an_abstract_address_is_told_as_systemd_writes_it() -> None:
+    """ListenStream=@NAME makes one without a file."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(f"\0capture-agent-{os.getpid()}")
+        assert address_of(sock) == f"@capture-agent-{os.getpid()}"
+
+
 def test_the_kernel_tells_what_it_granted() -> None:
     """Without privileges it is at most what net.core.rmem_max allows; with them what was asked."""
     with bind_address("127.0.0.1:0", DATAGRAM) as sock:

@@ -9,6 +9,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from agent import AgentError
 
@@ -26,6 +27,13 @@ BACKLOG = 4096
 
 class SocketError(AgentError):
     """A source's socket cannot be opened."""
+
+
+class Opened(NamedTuple):
+    """A socket that is ready to be read, and the receive buffer that the kernel granted (datagrams only)."""
+
+    sock: socket.socket
+    granted: int | None
 
 
 def bind_unix(path: str, kind: socket.SocketKind, mode: int, group: str = "") -> socket.socket:
@@ -159,6 +167,11 @@ def ask_buffer(sock: socket.socket, size: int) -> int:
         sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, size)
     except PermissionError:  # needs CAP_NET_ADMIN; without it rmem_max is the bound
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
+    return granted_buffer(sock)
+
+
+def granted_buffer(sock: socket.socket) -> int:
+    """The size of the socket's receive buffer, as it would be asked for."""
     # The kernel doubles what is asked, for its own bookkeeping, and tells the doubled figure (socket(7)).
     return sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
 
@@ -189,4 +202,6 @@ def address_of(sock: socket.socket) -> str:
     if isinstance(name, tuple):
         host = f"[{name[0]}]" if ":" in name[0] else name[0]
         return f"{host}:{name[1]}"
+    if isinstance(name, bytes):  # an abstract one (unix(7)), which has no file
+        return f"@{name[1:].decode(errors='replace')}"
     return str(name)

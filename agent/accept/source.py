@@ -2,7 +2,7 @@
 
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from math import inf
@@ -12,11 +12,12 @@ import trio
 
 from agent import __version__
 from agent.accept.datagram import DatagramSource
+from agent.accept.inherit import inherit
 from agent.accept.peer import server_context, stay_awake
 from agent.accept.putter import Putter
 from agent.accept.rates import Rate, Rates
 from agent.accept.sender import Senders
-from agent.accept.sockets import address_of, ask_buffer, bind_address, bind_unix, removed_at_the_end
+from agent.accept.sockets import Opened, address_of, ask_buffer, bind_address, bind_unix, removed_at_the_end
 from agent.accept.stream import StreamSource
 from agent.buffer import Buffer
 from agent.clock import Clock, zone
@@ -28,36 +29,39 @@ from agent.decode.logfmt import Logfmt
 from agent.decode.ndjson import LineReader
 from agent.decode.objects import Json
 from agent.decode.syslog import Syslog
+from agent.systemd import Passed
 from agent.vouch import Door, Rules
 
 log = structlog.get_logger("accept")
 
 
 class Source:
-    """A source that is open: its settings, its socket's facts, and the tasks that serve it."""
+    """A source that is open: its settings, its sockets' facts, and the tasks that serve it.
+
+    systemd may have opened several sockets for it (IPv4 and IPv6): it reads them all, as if they were one.
+    """
 
     def __init__(
         self,
         settings: Settings,
         project: Project,
-        sock: socket.socket,
-        granted: int | None,
+        sockets: Sequence[Opened],
         buffer: Buffer,
         clock: Clock,
     ) -> None:
         self.settings = settings
-        self.granted = granted
-        self.address = address_of(sock)
+        self.granted = min((opened.granted for opened in sockets if opened.granted is not None), default=None)
+        self.address = ", ".join(address_of(opened.sock) for opened in sockets)
         door = Door(_rules(settings, project), _format(settings))
         self.putter = Putter(settings.name, door, buffer, _rates(settings))
         senders = _senders(settings)
         syslog = settings.format == "syslog"
         allowed = frozenset(settings.allow_uids) if isinstance(settings, Unix) else frozenset[int]()
-        self._reading: DatagramSource | StreamSource
+        self._readings: Sequence[DatagramSource | StreamSource]
         if isinstance(settings, Stream):
             tcp = settings if isinstance(settings, Tcp) else None
-            self._reading = StreamSource(
-                sock,
+            streams = StreamSource(
+                [opened.sock for opened in sockets],
                 self.putter,
                 clock,
                 reader=partial(FrameReader if syslog else LineReader, settings.max_event),
@@ -68,38 +72,46 @@ class Source:
                 senders=senders,
                 allowed=allowed,
             )
+            self._readings = [streams]
         else:
-            self._reading = DatagramSource(
-                sock,
-                self.putter,
-                clock,
-                max_event=settings.max_event,
-                granted=granted or 0,
-                one_line=syslog,
-                senders=senders,
-                allowed=allowed,
-            )
+            self._readings = [
+                DatagramSource(
+                    sock,
+                    self.putter,
+                    clock,
+                    max_event=settings.max_event,
+                    granted=granted or 0,
+                    one_line=syslog,
+                    senders=senders,
+                    allowed=allowed,
+                )
+                for sock, granted in sockets
+            ]
 
     @property
     def connections(self) -> int | None:
         """How many are open; None for datagrams."""
-        return len(self._reading.connections) if isinstance(self._reading, StreamSource) else None
+        counts = [len(one.connections) for one in self._readings if isinstance(one, StreamSource)]
+        return sum(counts) if counts else None
 
     @property
     def turned_away(self) -> int | None:
         """How many connections of users who may not send here were closed; None for datagrams."""
-        return self._reading.turned_away if isinstance(self._reading, StreamSource) else None
+        counts = [one.turned_away for one in self._readings if isinstance(one, StreamSource)]
+        return sum(counts) if counts else None
 
     @property
     def drops_known(self) -> bool:
         """Whether the kernel tells how many datagrams it dropped."""
-        return isinstance(self._reading, DatagramSource) and self._reading.drops_known
+        return all(isinstance(one, DatagramSource) and one.drops_known for one in self._readings)
 
     async def run(self, stop: trio.Event) -> None:
         """Take events until `stop`, then what is still in the kernel's queue, and put all of it."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.putter.run)
-            await self._reading.run(stop)
+            async with trio.open_nursery() as reading:
+                for one in self._readings:
+                    reading.start_soon(one.run, stop)
             self.putter.close()
 
 
@@ -173,31 +185,56 @@ def _context_of(settings: Tcp) -> ssl.SSLContext | None:
 
 
 @contextmanager
-def bound(settings: Settings) -> Iterator[tuple[socket.socket, int | None]]:
-    """The source's socket for a block, and the receive buffer that the kernel granted (datagrams only)."""
+def opened(settings: Settings, passed: Passed) -> Iterator[Sequence[Opened]]:
+    """The source's sockets for a block: the ones that systemd passed for it, or one of its own."""
+    if not settings.socket:
+        with bound(settings) as own:
+            yield [own]
+        return
+    try_source(settings)
+    with ExitStack() as stack:
+        sockets = inherit(settings, passed)
+        for sock, granted in sockets:
+            stack.enter_context(sock)
+            if isinstance(settings, Tcp):
+                stay_awake(sock)
+            if isinstance(settings, Udp):
+                hint = f"ReceiveBuffer={settings.receive_buffer} in the .socket unit"
+                _tell_small(settings, granted or 0, hint)
+        yield sockets
+
+
+@contextmanager
+def bound(settings: Settings) -> Iterator[Opened]:
+    """A socket of the source's own for a block."""
     try_source(settings)
     with ExitStack() as stack:
         match settings:
             case UnixStream(path=path):
                 sock = bind_unix(path, socket.SOCK_STREAM, settings.mode, settings.group)
-                yield stack.enter_context(removed_at_the_end(sock, path)), None
+                yield Opened(stack.enter_context(removed_at_the_end(sock, path)), None)
             case UnixDatagram(path=path):
                 sock = bind_unix(path, socket.SOCK_DGRAM, settings.mode, settings.group)
                 stack.enter_context(removed_at_the_end(sock, path))
-                yield sock, ask_buffer(sock, settings.receive_buffer)
+                yield Opened(sock, ask_buffer(sock, settings.receive_buffer))
             case Tcp(listen=listen):
                 sock = stack.enter_context(bind_address(listen, socket.SOCK_STREAM))
                 stay_awake(sock)
-                yield sock, None
+                yield Opened(sock, None)
             case Udp(listen=listen):
                 sock = stack.enter_context(bind_address(listen, socket.SOCK_DGRAM))
                 granted = ask_buffer(sock, settings.receive_buffer)
-                if granted < settings.receive_buffer:
-                    log.warning(
-                        "the kernel granted a smaller receive buffer; bursts may be dropped, and counted",
-                        source=settings.name,
-                        asked=settings.receive_buffer,
-                        granted=granted,
-                        hint=f"sysctl -w net.core.rmem_max={settings.receive_buffer}",
-                    )
-                yield sock, granted
+                _tell_small(settings, granted, f"sysctl -w net.core.rmem_max={settings.receive_buffer}")
+                yield Opened(sock, granted)
+
+
+def _tell_small(settings: Udp, granted: int, hint: str) -> None:
+    """One line where the receive buffer is smaller than it should be."""
+    if granted < settings.receive_buffer:
+        log.warning(
+            "the kernel granted a smaller receive buffer; bursts may be dropped, and counted",
+            source=settings.name,
+            asked=settings.receive_buffer,
+            granted=granted,
+            hint=hint,
+        )

@@ -1,10 +1,10 @@
-"""Accepts the clients of a stream socket, as many as there are places for."""
+"""Accepts the clients of a source's stream sockets, as many as there are places for."""
 
 import errno
 import os
 import socket
 import ssl
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from contextlib import suppress
 from math import inf
 
@@ -28,11 +28,11 @@ log = structlog.get_logger("accept")
 
 
 class StreamSource:
-    """A listening stream socket and its connections."""
+    """Listening stream sockets and their connections."""
 
     def __init__(
         self,
-        listener: socket.socket,
+        listeners: Sequence[socket.socket],
         putter: Putter,
         clock: Clock,
         *,
@@ -44,7 +44,7 @@ class StreamSource:
         senders: Senders | None = None,
         allowed: Container[int] = (),
     ) -> None:
-        self._listener = trio.socket.from_stdlib_socket(listener)
+        self._listeners = listeners
         self.putter = putter
         self.clock = clock
         self.reader = reader
@@ -62,30 +62,29 @@ class StreamSource:
 
     async def run(self, stop: trio.Event) -> None:
         """Serve connections until `stop`; then read each to its end."""
-        async with trio.open_nursery() as nursery:
-            accepting = trio.CancelScope()
-            nursery.start_soon(self._accept, nursery, accepting)
-            await stop.wait()
-            self.stopping = True
-            accepting.cancel()
+        async with trio.open_nursery() as serving:
+            async with trio.open_nursery() as accepting:
+                for listener in self._listeners:
+                    accepting.start_soon(self._accept, listener, serving)
+                await stop.wait()
+                self.stopping = True
+                accepting.cancel_scope.cancel()
             for connection in tuple(self.connections):
                 connection.stop()
 
-    async def _accept(self, nursery: trio.Nursery, scope: trio.CancelScope) -> None:
-        with scope:
-            while True:
-                await self._places.acquire()
-                try:
-                    sock, _ = await self._listener.accept()
-                except OSError as error:
-                    self._places.release()
-                    if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                        await trio.sleep(EXHAUSTED_SECONDS)
-                    continue
-                except trio.Cancelled:
-                    self._places.release()
-                    raise
-                nursery.start_soon(self._serve, sock)
+    async def _accept(self, listener: socket.socket, serving: trio.Nursery) -> None:
+        while True:
+            await self._places.acquire()
+            try:
+                sock, _ = listener.accept()
+            except OSError as error:
+                self._places.release()  # while nobody comes here, the other listeners may need it
+                if error.errno == errno.EAGAIN:
+                    await trio.lowlevel.wait_readable(listener)
+                elif error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    await trio.sleep(EXHAUSTED_SECONDS)
+                continue
+            serving.start_soon(self._serve, trio.socket.from_stdlib_socket(sock))
 
     async def _serve(self, sock: trio.socket.SocketType) -> None:
         try:

@@ -42,6 +42,8 @@ def command(config_file: str | None, as_json: bool) -> None:
 
 def resolved(config: "Config") -> Iterator[str]:
     """The configuration as a file would say it, with nothing left to defaults."""
+    from agent.source_checks import SOCKET_UNIT
+
     several = len(config.projects) > 1
     for project in config.projects:
         yield "[[project]]" if several else "[project]"
@@ -53,7 +55,7 @@ def resolved(config: "Config") -> Iterator[str]:
     for source in config.sources:
         yield "[[source]]"
         yield f'kind = "{source.__struct_config__.tag}"'
-        yield from _settings(source)
+        yield from _settings(source, without=tuple(SOCKET_UNIT) if source.socket else ())
         yield ""
     for name, part in (("buffer", config.buffer), ("admin", config.admin), ("log", config.log)):
         yield f"[{name}]"
@@ -88,7 +90,7 @@ def _toml(value: object) -> str:
             return str(value).lower()
         case int() | float():
             return repr(value)
-        case list():
+        case list() | tuple():
             return f"[{', '.join(map(_toml, value))}]"
         case Mapping():
             pairs = ", ".join(f"{json.dumps(name)} = {_toml(inner)}" for name, inner in value.items())

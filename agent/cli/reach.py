@@ -19,15 +19,19 @@ def find_socket(config_file: str | None, name: str, *, needed: bool = True) -> s
         from agent.config import UnixStream
 
         config = load_config(config_file, keys=False)
-        streams = [source.path for source in config.sources if isinstance(source, UnixStream)]
-        configured = [config.admin.socket] if name == "admin.sock" else streams
-        if configured and configured[0]:
-            return configured[0]
+        streams = [source for source in config.sources if isinstance(source, UnixStream)]
+        paths = [config.admin.socket] if name == "admin.sock" else [source.path for source in streams]
+        if found := next(filter(None, paths), ""):
+            return found
         if not needed:
             return ""
-        missing = "admin socket" if name == "admin.sock" else "unix_stream source"
-        click.echo(f"capture-agent: the configuration has no {missing}, which this command needs", err=True)
-        raise SystemExit(2)
+        if name == "admin.sock" or not streams:
+            missing = "admin socket" if name == "admin.sock" else "unix_stream source"
+            click.echo(
+                f"capture-agent: the configuration has no {missing}, which this command needs", err=True
+            )
+            raise SystemExit(2)
+        # systemd opened it, where its .socket unit says: most likely at the usual place
     places = [f"{folder}/{name}" for folder in runtime_folders()]
     return next((place for place in places if os.path.exists(place)), places[0])
 

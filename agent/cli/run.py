@@ -17,7 +17,7 @@ def command(config_file: str | None) -> None:
 
     import trio
 
-    from agent import logs
+    from agent import logs, systemd
     from agent.app import Agent, run_until_signalled
     from agent.cli.options import load_config, plainly
     from agent.cli.places import make_folders
@@ -25,5 +25,6 @@ def command(config_file: str | None) -> None:
     config = load_config(config_file)
     logs.set_up(config.log.level, config.log.format, os.environ)
     with plainly():
+        passed = systemd.passed(os.environ)
         make_folders(config)
-        trio.run(run_until_signalled, Agent(config))
+        trio.run(run_until_signalled, Agent(config, passed))

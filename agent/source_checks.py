@@ -1,0 +1,116 @@
+"""Which values the settings of a source may have, beyond their types."""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from ipaddress import ip_address
+
+from agent.bounds import PATH_BYTES, Wrong, between, named, path, wrong_address
+from agent.config import GIB, KIB, Common, Source, Tcp, Udp, UnixDatagram, UnixStream
+
+# PostHog's limit on one event with its envelope is 1,000,000 bytes (`rust/capture/src/config.rs`).
+LARGEST_EVENT = 976 * KIB
+# What is replaced in the names and ids of events; all but the first in syslog only.
+FIELDS = ("hostname", "app", "severity")
+_FIELD = re.compile(r"\{(\w+)\}")
+# What a .socket unit says of a socket that systemd opens, so that the source does not.
+SOCKET_UNIT = {
+    "path": "ListenStream= or ListenDatagram=",
+    "listen": "ListenStream= or ListenDatagram=",
+    "mode": "SocketMode=",
+    "group": "SocketGroup=",
+}
+# The name of the admin socket, where systemd opens that too.
+ADMIN_SOCKET = "admin"
+
+# What FileDescriptorName= takes (systemd's `fdname_is_valid`): printable ASCII without the colon.
+_SOCKET_NAME = re.compile(r"[ -9;-~]{1,255}")
+
+
+def of_source(source: Source) -> Iterator[Wrong]:
+    """What is wrong with one source."""
+    yield from named(source.name)
+    yield from between("max_event", source.max_event, KIB, LARGEST_EVENT, size=True)
+    if source.distinct_id and not source.distinct_id.strip():
+        yield "distinct_id", "is blank, which PostHog refuses"
+    for name, value in source.properties.items():
+        if not _is_json(value):
+            yield f"properties.{name}", "cannot be told in JSON (nan and inf are not in it)"
+        if name == "$cookieless_mode" and not isinstance(value, bool):
+            yield f"properties.{name}", "must be true or false: PostHog refuses a whole batch for another"
+    yield from _of_syslog(source)
+    yield from _of_rates(source)
+    yield from _of_socket(source)
+
+
+def _of_syslog(source: Source) -> Iterator[Wrong]:
+    for name in ("event", "time_zone"):
+        if getattr(source, name) and source.format != "syslog":
+            yield name, 'is of no use without format = "syslog"'
+    for name, text in (("event", source.event), ("distinct_id", source.distinct_id)):
+        known = FIELDS if source.format == "syslog" else FIELDS[:1]
+        if unknown := [field for field in _FIELD.findall(text) if field not in known]:
+            yield name, f"{{{unknown[0]}}} is not one of {', '.join(f'{{{field}}}' for field in known)}"
+
+
+def _of_rates(source: Source) -> Iterator[Wrong]:
+    """What is wrong with how many events may come, and from whom."""
+    for name, burst in (("max_events_per_second", "burst"), ("uid_events_per_second", "uid_burst")):
+        rate, most = getattr(source, name, 0), getattr(source, burst, 0)
+        yield from between(name, rate, 0, 1e9)
+        yield from between(burst, most, 0, 10**9)
+        if most and not rate:
+            yield burst, f"is of no use without {name}"
+    if any(not 0 <= uid < 2**32 for uid in getattr(source, "allow_uids", ())):
+        yield "allow_uids", "holds what is no user id"
+
+
+def of_passed(given: Mapping[str, object]) -> Iterator[Wrong]:
+    """What may not be said of a source whose socket systemd opens."""
+    for name, unit in SOCKET_UNIT.items():
+        if given.get("socket") and given.get(name) not in (None, ""):
+            yield name, f"does not go with `socket`: systemd opens it, as {unit} in the .socket unit says"
+
+
+def _of_socket(source: Source) -> Iterator[Wrong]:
+    match source:
+        case Common(socket=str(name)) if name:
+            if _SOCKET_NAME.fullmatch(name) is None:
+                yield "socket", f"{name!r} is no name that FileDescriptorName= takes: ASCII without a colon"
+            elif name == ADMIN_SOCKET:
+                yield "socket", f'"{name}" is the name of the admin socket: give this one another'
+        case Udp() | Tcp():
+            if wrong := wrong_address(source.listen):
+                yield "listen", wrong
+        case _:
+            yield from path(source.path, "path", PATH_BYTES)
+            if not 0 <= source.mode <= 0o777:
+                yield "mode", f"{source.mode:#o} is no file mode, such as 0o660"
+    if isinstance(source, UnixStream | Tcp):
+        yield from between("max_connections", source.max_connections, 1, 1_000_000)
+    if isinstance(source, Tcp):
+        yield from between("idle_timeout", source.idle_timeout, 1, 30 * 86400, seconds=True)
+        for name, text in (("tls_key", source.tls_key), ("tls_client_ca", source.tls_client_ca)):
+            if text and not source.tls_cert:
+                yield name, "is of no use without tls_cert"
+    if isinstance(source, UnixDatagram | Udp):
+        yield from between("receive_buffer", source.receive_buffer, 4 * KIB, GIB, size=True)
+
+
+def is_loopback(listen: str) -> bool:
+    """Whether only this host reaches an address."""
+    host = listen.rpartition(":")[0].removeprefix("[").removesuffix("]")
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _is_json(value: object) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, Mapping):
+        return all(map(_is_json, value.values()))
+    if isinstance(value, list):
+        return all(map(_is_json, value))
+    return True
