@@ -70,12 +70,15 @@ static int logfmt(char *to, long n) {
                    (r >> 3) & 0xffff, AGENTS[r % 3], 800 + r % 1200, r & 1 ? "true" : "false");
 }
 
+#define LINES_A_SECOND 5000 /* by the times that lines of syslog tell: those of one busy host */
+
 static int rfc5424(char *to, long n) {
     unsigned r = (unsigned)n * 2654435761u;
     return sprintf(to,
                    "<%u>1 2026-11-24T13:%02u:%02u.%06uZ web-%u.example.com nginx %u ID%u [req@32473 method=\"GET\" "
                    "path=\"/products/%u\" status=\"%u\"] request %ld from %s took %u ms\n",
-                   r % 192, r % 60, (r >> 6) % 60, r % 1000000, r % 20, r % 30000, r % 50, (r >> 4) % 5000,
+                   r % 192, (unsigned)(n / LINES_A_SECOND / 60 % 60), (unsigned)(n / LINES_A_SECOND % 60), r % 1000000,
+                   r % 20, r % 30000, r % 50, (r >> 4) % 5000,
                    200 + r % 300, n, AGENTS[r % 3], r % 2000);
 }
 
@@ -84,7 +87,8 @@ static int rfc3164(char *to, long n) {
     return sprintf(to,
                    "<%u>Nov 24 13:%02u:%02u web-%u sshd[%u]: Accepted publickey for deploy from 192.0.2.%u port %u "
                    "ssh2: RSA SHA256:%08x%08x session %ld\n",
-                   r % 192, r % 60, (r >> 6) % 60, r % 20, r % 30000, r % 256, 1024 + r % 60000, r, r * 31u, n);
+                   r % 192, (unsigned)(n / LINES_A_SECOND / 60 % 60), (unsigned)(n / LINES_A_SECOND % 60), r % 20,
+                   r % 30000, r % 256, 1024 + r % 60000, r, r * 31u, n);
 }
 
 static int event(char *to, long n, long poison, const char *form) {
