@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
+from agent import shape_checks
 from agent.bounds import PATH_BYTES, Wrong, between, named, path, wrong_address
 from agent.config import (
     KIB,
@@ -146,6 +147,8 @@ def _places(config: Config) -> Iterator[Wrong]:
 def warnings(config: Config) -> Iterator[Wrong]:
     """What is allowed, but a person should know."""
     for source in config.sources:
+        for setting, what in shape_checks.warnings(source):
+            yield f"source[{source.name}].{setting}", what
         if isinstance(source, Tcp) and source.listen and not (source.tls_cert or is_loopback(source.listen)):
             why = f"{source.listen} is reached from other hosts, and what they send can be read on the way"
             yield f"source[{source.name}].listen", f"{why}: set tls_cert and tls_key, or use 127.0.0.1"

@@ -10,15 +10,15 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
-from msgspec import UNSET, Raw
+from msgspec import Raw
 
 from agent.envelope import (
     DECODE_ERRORS,
     FOLDED,
     OPTIONS,
-    Envelope,
     Flaws,
     complete,
+    has_roots,
     is_canonical,
     options_of,
     utc,
@@ -127,7 +127,7 @@ class Completion:
         rooted = False
         if text is None:
             text = b"\n".join(bytes(envelope.properties) for envelope in texts.envelopes)
-            rooted = any(map(_has_roots, texts.envelopes))
+            rooted = any(map(has_roots, texts.envelopes))
         odd: dict[int, Reason] = {}
         for run in runs:
             concerned = rooted or run.addition.chunk.sees(text)
@@ -156,7 +156,7 @@ class Completion:
                 type(who) is str
                 and not who.isspace()
                 and properties[:2] == b'{"'
-                and not (concerned and (_has_roots(envelope) or sees(properties)))
+                and not (concerned and (has_roots(envelope) or sees(properties)))
                 and (envelope.uuid is envelope.timestamp is None or _tell_own(texts, at, given))
             ):
                 keep(properties[1:])
@@ -177,7 +177,7 @@ class Completion:
             type(who) is str
             and not who.isspace()
             and properties[:2] == b'{"'
-            and not _has_roots(envelope)
+            and not has_roots(envelope)
             and (found := _opened(properties)) is not None
             and addition.forced.keys().isdisjoint(found)
             and (envelope.uuid is envelope.timestamp is None or _tell_own(texts, at, given))
@@ -233,8 +233,3 @@ def _tell_own(texts: Texts, at: int, given: set[str]) -> bool:
         texts.uuids[at] = b""
         given.add(ident)
     return True
-
-
-def _has_roots(envelope: Envelope) -> bool:
-    """Whether an event has root fields that belong into its properties."""
-    return not (envelope.set is envelope.set_once is envelope.groups is UNSET)

@@ -115,6 +115,14 @@ class Common(Settings, frozen=True, kw_only=True):
     # once, 0 is what two seconds allow.
     max_events_per_second: float = 0.0
     burst: int = 0
+    # Nothing of what comes is changed or left out unless told to. In this order:
+    drop: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
+    sample: float = 1.0
+    rename: Mapping[str, str] = {}
+    redact: tuple[str, ...] = ()
+    hash: tuple[str, ...] = ()
+    hash_key: Secret = Secret("")
 
 
 class Unix(Common, frozen=True, kw_only=True):

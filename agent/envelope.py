@@ -173,16 +173,11 @@ def complete(
 
     Gives the options that v1 reads beside its properties.
     """
-    reason = _complete_id(envelope, distinct_id) or _complete_uuid(envelope, stamp)
+    reason = complete_id(envelope, distinct_id) or _complete_uuid(envelope, stamp)
     if reason is not None:
         return reason
-    try:
-        properties = _object(envelope.properties)
-        for name in FOLDED:
-            _fold(properties, name, getattr(envelope, name[1:]))
-    except DECODE_ERRORS:
+    if (properties := fold(envelope)) is None:
         return "bad_properties"
-    envelope.set = envelope.set_once = envelope.groups = UNSET
     when = utc(envelope.timestamp)
     if when is None:
         if envelope.timestamp is not None:
@@ -199,7 +194,7 @@ def complete(
     return options
 
 
-def _complete_id(envelope: Envelope, default: str) -> Reason | None:
+def complete_id(envelope: Envelope, default: str) -> Reason | None:
     """The distinct id as text: a number is its text, none at all the source's default."""
     who = envelope.distinct_id
     if who is None or who == "":
@@ -262,6 +257,23 @@ def before_a_repeat(envelopes: Sequence[Envelope]) -> int:
                 return number
             seen.add(ident)
     return len(envelopes)
+
+
+def has_roots(envelope: Envelope) -> bool:
+    """Whether an event has root fields that belong into its properties."""
+    return not (envelope.set is envelope.set_once is envelope.groups is UNSET)
+
+
+def fold(envelope: Envelope) -> dict[str, Raw] | None:
+    """The properties with what the event's root has of them, which loses it; None where one is no object."""
+    try:
+        properties: dict[str, Raw] = _object(envelope.properties)
+        for name in FOLDED:
+            _fold(properties, name, getattr(envelope, name[1:]))
+    except DECODE_ERRORS:
+        return None
+    envelope.set = envelope.set_once = envelope.groups = UNSET
+    return properties
 
 
 def _fold(properties: dict[str, Raw], name: str, raw: Raw | UnsetType) -> None:

@@ -19,7 +19,12 @@ Reason = Literal[
     "truncated",
     "forbidden",
     "rate_limited",
+    "filtered",
+    "sampled",
 ]
+
+# Refused as the source was told to, not for what is wrong with them.
+UNREMARKABLE: frozenset[Reason] = frozenset(("filtered", "sampled"))
 
 REASONS: tuple[Reason, ...] = Reason.__args__  # type: ignore[attr-defined]  # typing keeps the values there
 

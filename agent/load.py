@@ -28,6 +28,7 @@ from agent.config import (
     UnixDatagram,
     UnixStream,
 )
+from agent.references import look_up
 from agent.source_checks import of_passed
 from agent.values import converted, suggestion, written_as_text
 
@@ -48,7 +49,8 @@ NAMED = ("project", "source")
 Table = Mapping[str, Any]
 S = TypeVar("S", bound=Settings)
 
-KEY_FORMS = '"phc_...", { file = "..." }, { env = "NAME" } or { credential = "NAME" }'
+# Stands for a source's key that was not looked up, or not found, which is told by itself; nothing is hashed.
+UNREAD = "-" * 16
 
 
 class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
@@ -227,49 +229,26 @@ class _Reading:
     def _key(self, given: object, where: str, variable: str) -> Secret | None:
         """The project's key, from where it is kept."""
         where = f"{where}.api_key"
-        text = self._secret(given, where, variable)
-        if text is None:
+        if given in (None, ""):
+            self._wrong(
+                where,
+                "missing: put the project's key (PostHog: Settings, Project, Project API key) there, "
+                f"or into the environment as {variable}",
+            )
             return None
-        if wrong := checks.wrong_key(text.strip()):
+        key = self._secret(given, where)
+        if key is not None and (wrong := checks.wrong_key(key.reveal())):
             self._wrong(where, wrong)
-        return Secret(text.strip())
+        return key
 
-    def _secret(self, given: object, where: str, variable: str) -> str | None:
-        match given:
-            case None | "":
-                self._wrong(
-                    where,
-                    "missing: put the project's key (PostHog: Settings, Project, Project API key) there, "
-                    f"or into the environment as {variable}",
-                )
-            case str():
-                return given
-            case {"file": str(path), **rest} if not rest:
-                return self._secret_file(path, where)
-            case {"credential": str(name), **rest} if not rest:
-                folder = self._around.env.get("CREDENTIALS_DIRECTORY")
-                if folder is not None:
-                    return self._secret_file(f"{folder}/{name}", where)
-                self._wrong(
-                    where,
-                    f"systemd passed no credentials (LoadCredential={name}:... in the unit passes this one)",
-                )
-            case {"env": str(name), **rest} if not rest:
-                self._variables.append(name)
-                if text := self._around.env.get(name):
-                    return text
-                self._wrong(where, f"the environment variable {name} is not set")
-            case _:
-                self._wrong(where, f"must be {KEY_FORMS}")
-        return None
-
-    def _secret_file(self, path: str, where: str) -> str | None:
+    def _secret(self, given: object, where: str) -> Secret | None:
+        """A secret, from where it is kept."""
+        if isinstance(given, Mapping):
+            self._variables.append(str(given.get("env")))
         try:
-            return self._around.read_text(path)
-        except OSError as error:
-            self._wrong(where, f"{path}: {error.strerror or error}")
-        except UnicodeDecodeError:
-            self._wrong(where, f"{path}: not a text")
+            return Secret(look_up(given, self._around.env, self._around.read_text))
+        except ValueError as error:
+            self._wrong(where, str(error))
         return None
 
     def _source(self, table: Table, where: str, name: str, projects: Sequence[str]) -> Source | None:
@@ -280,13 +259,18 @@ class _Reading:
             self._wrong(f"{where}.kind", f"{said}: one of {known}{suggestion(str(word), tuple(KINDS))}")
             return None
         kind = KINDS[word]
+        section = f"source__{name}"
         given = {key: value for key, value in table.items() if key != "kind"}
-        given = self._overridden(kind, given, f"{where}.", f"source__{name}")
+        given = self._overridden(kind, given, f"{where}.", section)
         for setting, wrong in of_passed(given):
             self._wrong(f"{where}.{setting}", wrong)
+        key = given.get("hash_key")
+        if isinstance(key, Mapping):
+            secret = self._secret(key, f"{where}.hash_key") if self._keys else None
+            given["hash_key"] = UNREAD if secret is None else secret.reveal()
         place = config.default_place(kind, self._around.paths, passed=bool(given.get("socket")))
         values = {"name": word, "project": projects[0], **place, **given}
-        source = self._struct(kind, values, where, f"source__{name}")
+        source = self._struct(kind, values, where, section)
         if source.project not in projects:
             close = suggestion(source.project, projects)
             self._wrong(f"{where}.project", f"there is no project {source.project!r}{close}")

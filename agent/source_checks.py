@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Mapping
 from ipaddress import ip_address
 
+from agent import shape_checks
 from agent.bounds import PATH_BYTES, Wrong, between, named, path, wrong_address
 from agent.config import GIB, KIB, Common, Source, Tcp, Udp, UnixDatagram, UnixStream
 
@@ -40,6 +41,7 @@ def of_source(source: Source) -> Iterator[Wrong]:
             yield f"properties.{name}", "must be true or false: PostHog refuses a whole batch for another"
     yield from _of_syslog(source)
     yield from _of_rates(source)
+    yield from shape_checks.of(source)
     yield from _of_socket(source)
 
 

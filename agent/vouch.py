@@ -34,6 +34,8 @@ from agent.events import (
     sample,
 )
 from agent.pack import crc32, deflate
+from agent.patterns import REDACTED
+from agent.shape import Shape
 from agent.texts import Texts, stamps_of, uuids_of
 
 _encode = msgspec.json.Encoder().encode
@@ -70,9 +72,10 @@ class Owner(NamedTuple):
 class Door:
     """One source's door: its rules in the form in which they are fast to apply."""
 
-    def __init__(self, rules: Rules, form: Format | None = None) -> None:
+    def __init__(self, rules: Rules, form: Format | None = None, shape: Shape | None = None) -> None:
         self.rules = rules
         self._format = form or Json(rules.max_event)
+        self._shape = shape
         self._completion = Completion(rules.properties, rules.distinct_id)
 
     def vouch(self, reads: Sequence[Read], random: int) -> Decoded:
@@ -82,6 +85,9 @@ class Door:
         """
         flaws = Flaws()
         lines, places, envelopes, rejects, text = self._format.decode(reads, flaws)
+        if self._shape is not None:
+            places, envelopes = self._shape.taken(lines, places, envelopes, rejects)
+            text = None if self._shape.names else text
         stamps = stamps_of(reads, lines)
         if places is not None:
             first = list(accumulate(lines, initial=0))
@@ -98,6 +104,8 @@ class Door:
                 rejects.append(Reject(*where[at], reason, sample(_encode(envelopes[at]))))
             texts = texts.without(odd)
         _count_unread(reads, lines, rejects)
+        if self._shape is not None and self._shape.secretive:
+            rejects = [reject._replace(sample=REDACTED) for reject in rejects]
         chunks = [
             chunk
             for owner, first_of, end in self._shares(runs, list(odd))

@@ -581,3 +581,119 @@ def test_syslog_has_words_of_its_own() -> None:
         read(text + 'event = "{person} did"')
     with pytest.raises(ConfigError, match='time_zone: is of no use without format = "syslog"'):
         read(text.replace('"syslog"', '"json"') + 'time_zone = "UTC"')
+
+
+SHAPED = """
+    [[source]]
+    kind = "udp"
+    drop = ["debug*"]
+    keep = ["*"]
+    sample = 0.1
+    rename = { old = "new", "properties.a" = "b" }
+    redact = ["password", "@email"]
+    hash = ["distinct_id"]
+    hash_key = {key}
+"""
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ('"0123456789abcdef"', "0123456789abcdef"),
+        ('{ file = "/k" }', "0123456789 of a file"),
+        ('{ env = "HASHING" }', "0123456789 of a variable"),
+        ('{ credential = "k" }', "0123456789 of systemd"),
+    ],
+)
+def test_a_source_shapes(key: str, text: str) -> None:
+    """All settings are read, and the key of the hash from wherever a project's key may be."""
+    env = {"HASHING": "0123456789 of a variable", "CREDENTIALS_DIRECTORY": "/c"}
+    files = {"/k": " 0123456789 of a file\n", "/c/k": "0123456789 of systemd"}
+    config = read(KEY + SHAPED.replace("{key}", key), env, files)
+    [source] = config.sources
+    assert source.hash_key.reveal() == text
+    assert (source.drop, source.keep, source.sample) == (("debug*",), ("*",), 0.1)
+    assert source.rename == {"old": "new", "properties.a": "b"}
+    assert (source.redact, source.hash) == (("password", "@email"), ("distinct_id",))
+    printed = "\n".join(resolved(config))
+    assert 'drop = ["debug*"]' in printed
+    assert text not in printed
+    assert (
+        read(printed.replace('"***"', f'"{text}"').replace(f'api_key = "{text}"', 'api_key = "phc_k"'))
+        == config
+    )
+
+
+def test_the_environment_wins_over_where_a_hash_key_is_kept() -> None:
+    """A file that nobody needs is not read."""
+    env = {"CAPTURE_AGENT_SOURCE__UDP__HASH_KEY": "0123456789 of the environment"}
+    [source] = read(KEY + SHAPED.replace("{key}", '{ file = "/none" }'), env).sources
+    assert source.hash_key == Secret("0123456789 of the environment")
+
+
+def test_without_keys_no_hash_key_is_looked_up() -> None:
+    """Commands that only ask where the agent is need not be able to read it."""
+    around = Surroundings(env={}, paths=SYSTEM, hostname="h", read_text=pytest.fail)
+    load(SHAPED.replace("{key}", '{ file = "/k" }'), around, file="c.toml", keys=False)
+
+
+@pytest.mark.parametrize(
+    ("setting", "wrong"),
+    [
+        ("drop = ['']", "drop[1]: is empty"),
+        ("keep = ['a', 'b[']", 'keep[2]: \'b[\' has a "[" without "]"; [[] is the character itself'),
+        ("sample = 1.5", "sample: must be from 0 to 1: the share of persons that is taken"),
+        ("sample = nan", "sample: must be from 0 to 1: the share of persons that is taken"),
+        ("redact = ['@emial']", "redact.@emial: is none of @email, @card, @ip (did you mean @email?)"),
+        ("redact = ['properties.a']", "redact[1]: is written without 'properties.': 'a'"),
+        ("rename = { a = '' }", "rename.a: the new name is blank"),
+        ("rename = { 'properties.' = 'b' }", "rename.properties.: names nothing"),
+        (
+            "rename = { 'properties.a' = 'properties.b' }",
+            "rename.properties.a: the new name is written without 'properties.'",
+        ),
+        (
+            "rename = { a = 'properties.b' }",
+            "rename.a: an event cannot become a property: write 'properties.a' to rename one",
+        ),
+        (f"rename = {{ a = '{'x' * 201}' }}", "rename.a: is longer than 200 characters"),
+        (
+            "hash = ['a']",
+            "hash_key: is missing: hash needs a secret, or anybody could try which id a hash is of",
+        ),
+        ("hash_key = 'too short'", "hash_key: is of no use without hash"),
+        (
+            "hash = ['a']\nhash_key = 'too short'",
+            "hash_key: must have at least 16 characters: openssl rand -hex 32 makes a good one",
+        ),
+        (
+            "hash = ['a', '@ip']\nhash_key = '0123456789abcdef'",
+            "hash[2]: '@ip' is no name: what is hashed is named whole",
+        ),
+        (
+            "hash = ['properties.a']\nhash_key = '0123456789abcdef'",
+            "hash[1]: is written without 'properties.': 'a'",
+        ),
+        ("hash = ['']\nhash_key = '0123456789abcdef'", "hash[1]: is empty"),
+        ("hash = ['a']\nhash_key = { file = '/none' }", "hash_key: /none: No such file or directory"),
+        (
+            "hash = ['a']\nhash_key = { x = 1 }",
+            'hash_key: must be a text, { file = "..." }, { env = "NAME" } or { credential = "NAME" }',
+        ),
+    ],
+)
+def test_mistakes_in_shaping(setting: str, wrong: str) -> None:
+    """Each is told, where it is and what would be right."""
+    assert mistakes(f'{KEY}[[source]]\nkind = "udp"\n{setting}\n') == [f"c.toml: source[udp].{wrong}"]
+
+
+def test_a_name_that_is_renamed_before_it_would_be_hidden_is_warned_of() -> None:
+    """It is allowed, but hides less than it seems to."""
+    rename = "rename = { 'properties.mail' = 'contact', 'properties.email' = 'email 2' }"
+    config = read(f"{KEY}[[source]]\nkind = 'udp'\nredact = ['mail', 'email*', '@ip']\n{rename}\n")
+    assert list(warnings(config)) == [
+        (
+            "source[udp].rename.properties.mail",
+            "comes before redact and hash, which name 'mail' and not 'contact'",
+        )
+    ]

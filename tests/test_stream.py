@@ -304,3 +304,36 @@ async def test_a_hostile_client_ends_only_itself(tmp_path: Path) -> None:
         async with client(taken.source.address) as neighbour:
             await neighbour.send_all(ASK + line(1))
             assert msgspec.json.decode(await neighbour.receive_some()) == {"accepted": 1, "rejected": 0}
+
+
+async def test_a_source_that_shapes_says_so_and_its_books_balance(tmp_path: Path) -> None:
+    """What is left out is told to the client and counted, and is no error among the last refusals."""
+    settings = stream(tmp_path, ack=True, drop=("debug",), sample=0.1, redact=("email",))
+    lines = [
+        line(1, event="debug", distinct_id="user-2"),
+        line(2, distinct_id="user-1"),
+        line(3, distinct_id="user-14", properties={"email": "bob@example.com"}),
+        b"bob@example.com\n",
+    ]
+    async with taking(settings) as taken, client(taken.source.address) as sender:
+        await sender.send_all(b"".join(lines))
+        await sender.send_eof()
+        told = await read_lines(sender)
+        assert [(one["line"], one["error"]) for one in told if "error" in one] == [
+            (1, "filtered"),
+            (2, "sampled"),
+            (4, "malformed_json"),
+        ]
+        assert told[-1] == {"accepted": 1, "rejected": 3}
+        assert (taken.total("received"), taken.total("accepted")) == (4, 1)
+        assert [taken.total("rejected", why) for why in ("filtered", "sampled", "malformed_json")] == [
+            1,
+            1,
+            1,
+        ]
+        refusals = taken.source.putter.recent
+        assert [(refusal.reason, refusal.sample) for refusal in refusals] == [
+            ("malformed_json", "[redacted]")
+        ]
+        [event] = await taken.events(1)
+        assert event["properties"]["email"] == "[redacted]"

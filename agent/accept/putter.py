@@ -14,7 +14,7 @@ import trio
 from agent.accept.rates import Rates
 from agent.buffer import Buffer
 from agent.decode.ndjson import count_byte, count_lines
-from agent.events import CHUNK_BYTES, CHUNK_EVENTS, Denied, Instant, Read, Reject
+from agent.events import CHUNK_BYTES, CHUNK_EVENTS, UNREMARKABLE, Denied, Instant, Read, Reject
 from agent.texts import RANDOM_BITS
 from agent.vouch import Decoded, Door
 
@@ -200,7 +200,8 @@ class Putter:
 
     def _remember(self, rejects: Sequence[Reject], at: Instant) -> None:
         told = None
-        for reject in rejects[-RECENT:]:
+        remarkable = [reject for reject in rejects if reject.reason not in UNREMARKABLE]
+        for reject in remarkable[-RECENT:]:
             refusal = Refusal(at.wall, self._source, reject.reason, reject.sample)
             if refusal != told or reject.reason not in UNREAD:
                 self.recent.append(refusal)

@@ -29,6 +29,7 @@ from agent.decode.logfmt import Logfmt
 from agent.decode.ndjson import LineReader
 from agent.decode.objects import Json
 from agent.decode.syslog import Syslog
+from agent.shape import shape_of
 from agent.systemd import Passed
 from agent.vouch import Door, Rules
 
@@ -52,8 +53,7 @@ class Source:
         self.settings = settings
         self.granted = min((opened.granted for opened in sockets if opened.granted is not None), default=None)
         self.address = ", ".join(address_of(opened.sock) for opened in sockets)
-        door = Door(_rules(settings, project), _format(settings))
-        self.putter = Putter(settings.name, door, buffer, _rates(settings))
+        self.putter = Putter(settings.name, door_of(settings, project), buffer, _rates(settings))
         senders = _senders(settings)
         syslog = settings.format == "syslog"
         allowed = frozenset(settings.allow_uids) if isinstance(settings, Unix) else frozenset[int]()
@@ -113,6 +113,11 @@ class Source:
                 for one in self._readings:
                     reading.start_soon(one.run, stop)
             self.putter.close()
+
+
+def door_of(settings: Settings, project: Project) -> Door:
+    """What becomes of a source's lines."""
+    return Door(_rules(settings, project), _format(settings), shape=shape_of(settings))
 
 
 def _rules(settings: Settings, project: Project) -> Rules:

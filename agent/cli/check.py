@@ -2,20 +2,29 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import click
 
 from agent.cli.options import config_option, load_config, plainly
 
 if TYPE_CHECKING:
+    from agent.accept.explain import Explanation
     from agent.config import Config, Settings
 
 
 @click.command()
 @config_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def command(config_file: str | None, as_json: bool) -> None:
+@click.option(
+    "--explain",
+    "example",
+    metavar="FILE",
+    type=click.File("rb"),
+    help="Tell what becomes of the event in FILE (- is stdin) at each source; exits 1 where none takes it.",
+)
+@click.option("--source", "only", metavar="NAME", help="With --explain: at this source only.")
+def command(config_file: str | None, as_json: bool, example: BinaryIO | None, only: str | None) -> None:
     """Validate a configuration and print it resolved: every default in its place, secrets as ***.
 
     Every mistake is told at once, each with its place; the exit code is then 2.
@@ -24,6 +33,8 @@ def command(config_file: str | None, as_json: bool) -> None:
     from agent.checks import warnings
     from agent.ways_out import try_ways_out
 
+    if only is not None and example is None:
+        raise click.UsageError("--source is for --explain: it says whose view of the event is wanted.")
     config = load_config(config_file)
     with plainly():
         try_ways_out(config)
@@ -31,6 +42,8 @@ def command(config_file: str | None, as_json: bool) -> None:
             try_source(source)
     for place, what in warnings(config):
         click.echo(f"warning: {place}: {what}", err=True)
+    if example is not None:
+        raise SystemExit(_explain(config, example.read(), only, as_json=as_json))
     if as_json:
         import msgspec
 
@@ -61,6 +74,48 @@ def resolved(config: "Config") -> Iterator[str]:
         yield f"[{name}]"
         yield from _settings(part)
         yield ""
+
+
+def _explain(config: "Config", text: bytes, only: str | None, *, as_json: bool) -> int:
+    """Tell what becomes of an example event; the exit code."""
+    import msgspec
+
+    from agent.accept.explain import explain
+    from agent.clock import Clock
+
+    names = [source.name for source in config.sources]
+    if only is not None and only not in names:
+        raise click.UsageError(f"There is no source {only!r}. There are: {', '.join(names)}.")
+    projects = {project.name: project for project in config.projects}
+    at = Clock().now()
+    found = [
+        explanation
+        for source in config.sources
+        if only in (None, source.name)
+        and (explanation := explain(source, projects[source.project], text, at)) is not None
+    ]
+    if not found:
+        raise click.UsageError("There is no event in the file for --explain.")
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
+    else:
+        click.echo("\n".join(line for explanation in found for line in _told(explanation)))
+    return 0 if any(explanation.accepted for explanation in found) else 1
+
+
+def _told(explanation: "Explanation") -> Iterator[str]:
+    import msgspec
+
+    if not explanation.accepted:
+        why = f": {explanation.why}" if explanation.why else ""
+        yield f"{explanation.source}: refused as {explanation.reason}{why}"
+        return
+    yield f"{explanation.source}: accepted"
+    for change in explanation.changes:
+        yield f"  {change.where}: {change.what}"
+    if explanation.event is not None:
+        stored = msgspec.json.format(bytes(explanation.event), indent=2).decode()
+        yield from (f"  {line}" for line in stored.splitlines())
 
 
 def _settings(settings: "Settings", without: tuple[str, ...] = ()) -> Iterator[str]:
