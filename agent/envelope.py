@@ -86,7 +86,8 @@ _encode = msgspec.json.Encoder().encode
 
 _BRACKETS = b"{}[]"
 _NOT_BRACKETS = bytes(set(range(256)) - set(_BRACKETS))
-_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+# Possessive, and ended by the line where nothing else ends it: no quote is looked at twice.
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
 
 
 def examine(line: bytes, max_event: int, flaws: Flaws) -> Envelope | Reason:
