@@ -17,7 +17,8 @@ except ImportError:
 
 # isal's level 1 packs as tightly as zlib's 2 to 3 at 940 MB/s; higher levels cost more than they save.
 LEVEL = 1
-RAW = -15  # wbits: raw deflate, 32 KiB window
+# wbits, with a window of 32 KiB: raw deflate, and the two formats around it.
+RAW, ZLIB, GZIP = -15, 15, 31
 
 # RFC 1952: magic, deflate, no flags, no time, no extra flags, unknown system.
 GZIP_HEADER = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\xff"
@@ -60,6 +61,24 @@ def inflate(packed: bytes, size: int, crc: int) -> bytes:
     if len(data) != size or crc32(data) != crc:
         raise ValueError("the packed bytes are not what was written")
     return data
+
+
+_BROKEN: tuple[type[Exception], ...] = (
+    (zlib.error,) if fast is None else (zlib.error, fast.error)  # type: ignore[assignment]  # its stub errs
+)
+
+
+def open_stream(packed: bytes, wbits: int, most: int) -> bytes | None:
+    """The first stream in `packed`, or one byte more than `most` of a longer one.
+
+    None where it is not whole, or not of that format.
+    """
+    opener = zlib.decompressobj(wbits) if fast is None else fast.decompressobj(wbits)
+    try:
+        data = opener.decompress(packed, most + 1)
+    except _BROKEN:
+        return None
+    return data if opener.eof or len(data) > most else None
 
 
 def stored(data: bytes) -> bytes:

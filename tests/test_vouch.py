@@ -294,7 +294,6 @@ def test_a_text_without_an_end_takes_no_time() -> None:
     assert time.process_time() - start < 1.0
 
 
-
 def test_a_cut_line_is_counted_behind_the_whole_ones() -> None:
     """A line that never ended is a rejection of its own, with its place."""
     read = Read(GOOD + b"\n", AT, Cut("truncated", "beginning"))

@@ -1,0 +1,163 @@
+"""Reads the requests of PostHog's capture endpoints (the v0 family), as lines for the door.
+
+The shapes, keys and words are PostHog's (`rust/capture/src/v0_request.rs`, `api.rs`). More lenient than
+PostHog: only a body that cannot be read at all, names no key or holds no event is refused; what is wrong with
+an event, the door says of that event alone. Ordinary events pass as the bytes that came.
+"""
+
+import re
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+
+import msgspec
+from msgspec import UNSET, Raw, UnsetType
+
+from agent.decode.body import MOST_VALUES, ahead_of, crowded, joined, trimmed, wrong_key
+from agent.decode.mend import Manner, mend
+from agent.decode.request import Posted, Refused, Request
+from agent.decode.shards import shatter
+from agent.decode.unpack import unpack
+from agent.envelope import DECODE_ERRORS
+
+PATHS = ("/batch", "/i/v0/e", "/e", "/track", "/capture", "/engage")
+SENT_AT_YEAR = 2020  # a `_` up to then was in seconds and is ignored: `payload/types.rs`
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_DIGITS = re.compile(r"[0-9]{1,18}", re.ASCII)
+_WORDS = b"data did not match any variant of untagged enum RawRequest"  # serde's
+# What PostHog says of a request with an event that has this flaw: `api.rs`.
+FLAWS = {
+    "missing_event": b"event submitted with an empty event name",
+    "missing_distinct_id": b"event submitted without a distinct_id",
+    "too_large": b"maximum event size exceeded",
+}
+
+
+class _Root(msgspec.Struct):
+    """The root of an object; its events stay sealed."""
+
+    batch: list[Raw] | UnsetType = UNSET
+    api_key: Raw = Raw(b"null")
+    token: Raw = Raw(b"null")
+    sent_at: Raw = Raw(b"null")
+    historical_migration: Raw = Raw(b"null")
+
+
+class _Ordinary(msgspec.Struct, gc=False):
+    """The root of an event that the door understands as it is: it has the one, and none of the others."""
+
+    distinct_id: str | int | float
+    dollar_distinct_id: None = msgspec.field(name="$distinct_id", default=None)
+    offset: None = None
+
+
+class _OrdinaryBatch(msgspec.Struct):
+    batch: list[_Ordinary]
+
+
+_root = msgspec.json.Decoder(_Root).decode
+_array = msgspec.json.Decoder(list[Raw]).decode
+_ordinary = msgspec.json.Decoder(_OrdinaryBatch).decode
+_text = msgspec.json.Decoder(str).decode
+
+
+def refusal(reason: str) -> bytes:
+    """PostHog's words for a request none of whose events was taken, the first for this reason."""
+    return FLAWS.get(reason, b"failed to parse request: " + _WORDS)
+
+
+def read_request(request: Request) -> Posted | Refused:
+    """The events of a request, or why PostHog would refuse all of it."""
+    unpacked = unpack(request)
+    if isinstance(unpacked, Refused):
+        return unpacked
+    text = unpacked.text
+    parted = _part(text)
+    if isinstance(parted, Refused):
+        return parted
+    root, events = parted
+    if not events:
+        return Refused(400, b"request holds no event")
+    key = _as_text(root.api_key) or _as_text(root.token)
+    ahead = _ahead(root, unpacked.query.get("_"), request.at.wall)
+    manner = Manner(request.at.wall, ahead, request.near, request.path.removesuffix("/") == "/engage")
+    if key is not None and root.batch is not UNSET and _is_plain(text, manner):
+        lines = joined(text, events)
+    else:
+        mended = [mend(raw, manner) for raw in events]
+        lines = joined(text, [event.line for event in mended])
+        if key is None:
+            keys = {event.key for event in mended if event.key is not None}
+            if len(keys) > 1:
+                return Refused(401, b"batch submitted with inconsistent api_key values")
+            key = keys.pop() if keys else None
+    if key is None:
+        return Refused(401, b"event submitted without an api_key")
+    key = trimmed(key)
+    if why := wrong_key(key):
+        return Refused(401, b"API key is not valid: " + why)
+    return Posted(
+        key,
+        lines,
+        len(events),
+        historical=bytes(root.historical_migration) == b"true",
+        beacon=unpacked.query.get("beacon") == "1",
+    )
+
+
+def _part(text: bytes) -> tuple[_Root, Sequence[Raw]] | Refused:
+    """The root and the events, in whichever shape they came."""
+    if crowded(text):
+        return Refused(413, b"maximum event size exceeded: more than %d values" % MOST_VALUES)
+    try:
+        if text.lstrip()[:1] == b"[":
+            return _Root(), _array(text)
+        root = _root(text)
+    except msgspec.ValidationError:
+        return Refused(400, b"failed to parse request: " + _WORDS)
+    except DECODE_ERRORS as error:
+        return _part_broken(text) or Refused(400, b"failed to parse request: " + str(error).encode())
+    return root, (root.batch if root.batch is not UNSET else [Raw(text)])
+
+
+def _part_broken(text: bytes) -> tuple[_Root, Sequence[Raw]] | None:
+    """What is whole of a body with a broken event in it."""
+    if (shards := shatter(text)) is None:
+        return None
+    try:
+        root = _root(shards.root) if shards.root.lstrip()[:1] == b"{" else _Root()
+    except DECODE_ERRORS:
+        return None
+    return root, [Raw(event) for event in shards.events]
+
+
+def _is_plain(text: bytes, manner: Manner) -> bool:
+    """Whether all events of a batch are ordinary, and none has a property that matters here."""
+    if manner.ahead or manner.engage or (manner.near and b"$ip" in text):
+        return False
+    try:
+        _ordinary(text)
+    except DECODE_ERRORS:
+        return False
+    return True
+
+
+def _as_text(raw: Raw) -> str | None:
+    """The text in sealed bytes; None where they hold anything else."""
+    try:
+        return _text(raw)
+    except DECODE_ERRORS:
+        return None
+
+
+def _ahead(root: _Root, sent: str | None, now: int) -> int:
+    """By how much the client's clock is ahead of ours (µs); 0 where it is not, or does not tell."""
+    told = _as_text(root.sent_at)
+    if told is not None and (ahead := ahead_of(told, now)) is not None:
+        return ahead
+    if sent is None or _DIGITS.fullmatch(sent) is None:
+        return 0
+    try:
+        moment = _EPOCH + timedelta(milliseconds=int(sent))
+    except OverflowError:
+        return 0
+    return (ahead_of(moment.isoformat(), now) or 0) if moment.year > SENT_AT_YEAR else 0

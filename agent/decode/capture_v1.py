@@ -1,0 +1,195 @@
+"""Reads the requests of PostHog's v1 protocol, as lines for the door, and tells what became of each event.
+
+The headers, errors and results are PostHog's (`rust/capture/src/v1/`). More lenient than PostHog: an event
+that lacks a field or repeats a uuid is no reason to refuse the others. `br` and `zstd` are not read.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+
+import msgspec
+from msgspec import Raw
+
+from agent.decode.body import MOST_VALUES, ahead_of, crowded, joined, trimmed, wrong_key
+from agent.decode.mend import Manner, mend
+from agent.decode.request import JSON, Posted, Refused, Request
+from agent.decode.shards import shatter
+from agent.decode.unpack import inflate_v1
+from agent.envelope import DECODE_ERRORS
+
+PATHS = ("/i/v1/analytics/events",)
+ENCODINGS = ("gzip", "deflate")
+SDK_INFO_LIMIT = 200  # `constants.rs`
+REQUIRED = (
+    "PostHog-Sdk-Info",
+    "PostHog-Attempt",
+    "PostHog-Request-Id",
+    "PostHog-Request-Timestamp",
+    "content-type",
+    "user-agent",
+)
+# PostHog's name for what the door found: `analytics/types.rs`.
+DETAILS = {
+    "missing_event": "missing_event_name",
+    "missing_distinct_id": "missing_distinct_id",
+    "bad_uuid": "invalid_event_uuid",
+    "bad_properties": "malformed_event_properties",
+    "too_large": "event_too_big",
+}
+_ATTEMPT = re.compile(r"0*[1-9][0-9]{0,8}", re.ASCII)
+_UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}|[0-9a-fA-F]{32}")
+
+
+class _Root(msgspec.Struct):
+    batch: list[Raw]
+    historical_migration: Raw = Raw(b"null")
+
+
+class _Ordinary(msgspec.Struct, gc=False):
+    """An event that the door understands as it is; its uuid tells it apart."""
+
+    distinct_id: str
+    uuid: str
+    dollar_distinct_id: None = msgspec.field(name="$distinct_id", default=None)
+    offset: None = None
+    options: None = None
+    session_id: None = None
+    window_id: None = None
+
+
+class _OrdinaryBatch(msgspec.Struct):
+    batch: list[_Ordinary]
+
+
+_root = msgspec.json.Decoder(_Root).decode
+_ordinary = msgspec.json.Decoder(_OrdinaryBatch).decode
+_encode = msgspec.json.Encoder().encode
+
+
+def read_request(request: Request) -> Posted | Refused:
+    """The events of a request, or why PostHog would refuse all of it."""
+    refused = _refused_headers(request.headers)
+    if refused is not None:
+        return refused
+    text = _open(request)
+    if isinstance(text, Refused):
+        return text
+    if crowded(text):
+        return error(413, "payload_too_large", f"payload too large: more than {MOST_VALUES} values")
+    root = _part(text)
+    if root is None:
+        return error(400, "request_parsing_error", "Failed to parse request body.")
+    if not root.batch:
+        return error(400, "empty_batch", "request batch is empty")
+    ahead = ahead_of(request.headers["posthog-request-timestamp"], request.at.wall)
+    if ahead is None:
+        return error(400, "invalid_header_value", "PostHog-Request-Timestamp is not valid RFC 3339")
+    lines, uuids = _read(text, root.batch, Manner(request.at.wall, ahead, request.near, options=True))
+    return Posted(
+        trimmed(request.headers["authorization"][7:]),
+        lines,
+        len(root.batch),
+        defaults=_library(request.headers["posthog-sdk-info"]),
+        uuids=uuids,
+        historical=bytes(root.historical_migration) == b"true",
+    )
+
+
+def results(uuids: Sequence[str], refused: Mapping[int, str]) -> bytes:
+    """What became of each event, where `refused` says for which reason the door took one not."""
+    told = {}
+    for place, uuid in enumerate(uuids):
+        if uuid and (reason := refused.get(place)) is None:
+            told[uuid] = {"result": "ok"}
+        elif uuid:
+            told[uuid] = {"result": "drop", "details": DETAILS.get(reason or "", "rejected")}
+    return _encode({"results": told})
+
+
+def error(status: int, tag: str, text: str) -> Refused:
+    """An answer for the whole request: `v1/error.rs`."""
+    body = {"error": tag, "error_description": text, "error_uri": "https://posthog.com/docs/api"}
+    return Refused(status, _encode(body), JSON)
+
+
+def _refused_headers(given: Mapping[str, str]) -> Refused | None:
+    """Why a request is refused for its headers, looked at in the order of `context.rs`."""
+    if "authorization" not in given:
+        return error(401, "missing_authorization", "Authorization header is missing")
+    if missing := [name for name in REQUIRED if name.lower() not in given]:
+        names = ", ".join(f'"{name}"' for name in missing)
+        return error(400, "missing_required_headers", f"request is missing required headers: [{names}]")
+    for name in ("authorization", *map(str.lower, REQUIRED)):
+        if not (given[name].isascii() and given[name].isprintable()):
+            text = f"{name} contains non-visible ASCII characters"
+            return error(400, "invalid_header_value", text)
+    scheme, key = given["authorization"][:7], trimmed(given["authorization"][7:])
+    if scheme.lower() != "bearer " or not given["authorization"][7:]:
+        return error(400, "invalid_header_value", "Authorization must use Bearer scheme")
+    if wrong_key(key):
+        return error(401, "invalid_api_token", "The provided API token is not valid.")
+    kind = given["content-type"].partition(";")[0].strip().lower()
+    if kind != "application/json":
+        return error(415, "unsupported_content_type", f"unsupported content type: {kind}")
+    encoding = given.get("content-encoding", "gzip").lower()
+    if encoding not in ENCODINGS:
+        return error(415, "unsupported_encoding", f"unsupported content encoding: {encoding}")
+    if _UUID.fullmatch(given["posthog-request-id"]) is None:
+        return error(400, "invalid_header_value", "PostHog-Request-Id is not a valid UUID")
+    if _ATTEMPT.fullmatch(given["posthog-attempt"]) is None:
+        return error(400, "invalid_header_value", "PostHog-Attempt must be a positive integer")
+    return None
+
+
+def _open(request: Request) -> bytes | Refused:
+    """The JSON text of the request: `util.rs`."""
+    text: bytes | None = request.body
+    if not text:
+        return error(400, "empty_body", "request body is empty")
+    if (encoding := request.headers.get("content-encoding")) is not None:
+        text = inflate_v1(text, encoding.lower(), request.limit)
+    if text is None:
+        return error(400, "request_decoding_error", "Failed to decode request body.")
+    if len(text) > request.limit:
+        what = f"payload too large: decompressed payload exceeds limit of {request.limit} bytes"
+        return error(413, "payload_too_large", what)
+    return text
+
+
+def _part(text: bytes) -> _Root | None:
+    try:
+        return _root(text)
+    except msgspec.ValidationError:
+        return None
+    except DECODE_ERRORS:
+        return _part_broken(text)
+
+
+def _part_broken(text: bytes) -> _Root | None:
+    """What is whole of a body with a broken event in it."""
+    if (shards := shatter(text)) is None:
+        return None
+    try:
+        root = _root(shards.root)
+    except DECODE_ERRORS:
+        return None
+    root.batch = [Raw(event) for event in shards.events]
+    return root
+
+
+def _read(text: bytes, events: list[Raw], manner: Manner) -> tuple[bytes, Sequence[str]]:
+    """The events as lines, and their uuids."""
+    if not manner.ahead and not (manner.near and b"$ip" in text):
+        with suppress(*DECODE_ERRORS):
+            return joined(text, events), [event.uuid for event in _ordinary(text).batch]
+    mended = [mend(raw, manner) for raw in events]
+    return joined(text, [event.line for event in mended]), [event.uuid for event in mended]
+
+
+def _library(told: str) -> Mapping[str, Raw]:
+    """What `PostHog-Sdk-Info` says, as properties."""
+    name, slash, version = told.rpartition("/")
+    if not slash or not name.strip() or not version.strip() or len(told) > SDK_INFO_LIMIT:
+        return {}
+    return {"$lib": Raw(_encode(name.strip())), "$lib_version": Raw(_encode(version.strip()))}

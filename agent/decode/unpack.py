@@ -1,0 +1,144 @@
+"""Takes the JSON text out of a request: from its body, form or query, whatever it is packed in.
+
+As PostHog does (`rust/capture/src/payload/`, `utils.rs`), in bounded memory. Of a gzip stream only the first
+member is read, as there. More lenient than PostHog: base64 is also opened in a query, and where a hint says
+so.
+"""
+
+import base64
+import binascii
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+from urllib.parse import parse_qsl
+
+from agent.decode.lz64 import open_lz64
+from agent.decode.request import Refused, Request
+from agent.pack import GZIP, RAW, ZLIB, open_stream
+
+LEGACY = ("/e", "/track", "/capture", "/engage")  # are looked at for base64 once more: `v0_request.rs`
+FORM = "application/x-www-form-urlencoded"
+# What is not a value of these is text to PostHog, and these are never text: `utils.rs`.
+UNREADABLE = ("br", "deflate", "zstd")
+_ENCODINGS = {
+    "gzip": "gzip",
+    "gzip-js": "gzip",
+    "lz64": "lz64",
+    "lz-string": "lz64",
+    "base64": "base64",
+    "b64": "base64",
+}
+_GZIP_MAGIC = b"\x1f\x8b\x08"
+
+BASE64_SAMPLE = 128  # bytes looked at before anything is taken for base64 or a form: `utils.rs`
+_BASE64 = re.compile(rb"[A-Za-z0-9+/=]+")
+_LOOSE_BASE64 = re.compile(rb"[A-Za-z0-9+/= ]+")
+_FORM_FIELD = re.compile(rb"(?:^|&)(?:data|_|ip|compression)=")
+# Fields of a form or query that are looked at: SDKs send five.
+MOST_FIELDS = 100
+# lz64 is opened at 2 MB/s and only came from browsers, a few events at a time.
+LZ64_BYTES = 1024 * 1024
+
+
+class Unpacked(NamedTuple):
+    """The JSON text of a request, and the fields of its query."""
+
+    text: bytes
+    query: Mapping[str, str]
+
+
+def unpack(request: Request) -> Unpacked | Refused:
+    """The text of a request of the v0 family."""
+    query = _fields(request.query) if request.query else {}
+    if query is None:
+        return _undecodable(b"invalid query string")
+    found = _find(request, query)
+    if isinstance(found, Refused):
+        return found
+    packed, encoding = found
+    text = _open(packed, encoding, request.limit)
+    if isinstance(text, Refused):
+        return text
+    if len(text) <= request.limit and request.path.removesuffix("/") in LEGACY:
+        text = _unwrap(text)
+    return too_big(request.limit) if len(text) > request.limit else Unpacked(text, query)
+
+
+def too_big(limit: int) -> Refused:
+    """A body that unpacks to more than `limit` bytes."""
+    return Refused(413, b"maximum event size exceeded: Decompressed payload would exceed %d bytes" % limit)
+
+
+def _undecodable(why: bytes) -> Refused:
+    return Refused(400, b"failed to decode request: " + why)
+
+
+def _fields(text: str) -> dict[str, str] | None:
+    try:
+        return dict(parse_qsl(text, keep_blank_values=True, max_num_fields=MOST_FIELDS))
+    except ValueError:
+        return None
+
+
+def _find(request: Request, query: Mapping[str, str]) -> tuple[bytes, str] | Refused:
+    """The bytes that hold the events, and how they are encoded: `payload/common.rs`."""
+    hints = [query.get("compression", "").lower()]
+    packed = request.body
+    if data := query.get("data"):
+        packed = _restored(data)
+    if not packed:
+        return Refused(400, b"request missing data payload")
+    if _FORM_FIELD.search(packed[:BASE64_SAMPLE]) is None:
+        packed = _unwrap(packed)
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() == FORM and not data:
+        if _FORM_FIELD.search(packed[:BASE64_SAMPLE]) is None:
+            return _undecodable(b"expected form data in POST request payload")
+        form = _fields(packed.decode("utf-8", "surrogateescape"))
+        if form is None:
+            return _undecodable(b"invalid urlencoded form data")
+        hints.append(form.get("compression", "").lower())
+        if "data" in form:
+            packed = _restored(form["data"])
+    hints.append(request.headers.get("content-encoding", "").lower())
+    return packed, next((hint for hint in hints if hint in _ENCODINGS or hint in UNREADABLE), "")
+
+
+def _restored(value: str) -> bytes:
+    """The value of a field; in base64 a plus sign was taken for a space."""
+    data = value.encode("utf-8", "surrogateescape")
+    if b" " in data and len(data) % 4 == 0 and _LOOSE_BASE64.fullmatch(data[:BASE64_SAMPLE]):
+        return data.replace(b" ", b"+")
+    return data
+
+
+def _open(packed: bytes, hint: str, limit: int) -> bytes | Refused:
+    """Unpacked, to a little over `limit` at most: `payload/decompression.rs`."""
+    encoding = _ENCODINGS.get(hint, hint)
+    if encoding == "gzip" or packed.startswith(_GZIP_MAGIC):
+        text = open_stream(packed, GZIP, limit)
+        return text if text is not None else _undecodable(b"invalid GZIP data")
+    if encoding == "lz64":
+        if len(packed) > LZ64_BYTES:
+            return Refused(413, b"maximum event size exceeded: lz64 of more than %d bytes" % LZ64_BYTES)
+        text = open_lz64(packed, limit)
+        return text if text is not None else _undecodable(b"decompress_lz64: failed decompress to UTF16")
+    if encoding in UNREADABLE:
+        return _undecodable(b"invalid UTF8 in request payload")
+    return _unwrap(packed) if encoding == "base64" else packed
+
+
+def inflate_v1(packed: bytes, encoding: str, limit: int) -> bytes | None:
+    """`gzip`, or `deflate` in either of its forms: `v1/util.rs`."""
+    if encoding == "gzip":
+        return open_stream(packed, GZIP, limit)
+    return open_stream(packed, ZLIB if packed[:1] == b"\x78" else RAW, limit)
+
+
+def _unwrap(data: bytes) -> bytes:
+    """What is in base64, if it looks like that; else as it is."""
+    if len(data) % 4 or _BASE64.fullmatch(data[:BASE64_SAMPLE]) is None:
+        return data
+    try:
+        return base64.b64decode(data, validate=True)
+    except binascii.Error:
+        return data
