@@ -24,7 +24,7 @@ from agent.buffer import Buffer, Kept
 from agent.buffer.memory import open_memory
 from agent.buffer.sqlite import open_sqlite
 from agent.clock import Clock
-from agent.config import Admin, Config, Stream
+from agent.config import Admin, Config, Http, Stream
 from agent.config import Source as Settings
 from agent.memory import keep_freed, settle_in
 from agent.metrics import Metrics
@@ -95,7 +95,9 @@ class Agent:
         """Accept, then deliver and show; until `stop`, and then in the opposite order."""
         projects = {project.name: project for project in self.config.projects}
         for settings, its in zip(self.config.sources, sockets, strict=True):
-            self.sources.append(Source(settings, projects[settings.project], its, buffer, self._clock))
+            project = projects[settings.project]
+            source = Source(settings, project, its, buffer, self._clock, self.config.projects)
+            self.sources.append(source)
         timekeeper = Timekeeper(self._clock, buffer)
         await timekeeper.look()  # before anything is stamped
         async with trio.open_nursery() as delivering, trio.open_nursery() as watching:
@@ -215,12 +217,12 @@ def _with_descriptors(config: Config, limit: int) -> Config:
 
     Else clients that stay would keep events from being delivered, and people from seeing why.
     """
-    streams = sum(isinstance(source, Stream) for source in config.sources)
+    streams = sum(isinstance(source, Stream | Http) for source in config.sources)
     kept = KEPT_DESCRIPTORS + sum(project.delivery.concurrency for project in config.projects)
     room = max(1, (limit - kept) // max(1, streams))
 
     def within(source: Settings) -> Settings:
-        if isinstance(source, Stream) and source.max_connections > room:
+        if isinstance(source, Stream | Http) and source.max_connections > room:
             log.warning(
                 "the limit on open files allows fewer clients at once than max_connections; more will wait",
                 source=source.name,

@@ -14,6 +14,7 @@ from agent.config import (
     Buffer,
     Config,
     Delivery,
+    Http,
     Project,
     Settings,
     Tcp,
@@ -72,7 +73,7 @@ def of(settings: Settings) -> Iterator[Wrong]:
                 yield "host", wrong
         case Delivery():
             yield from _of_delivery(settings)
-        case UnixStream() | UnixDatagram() | Udp() | Tcp():
+        case UnixStream() | UnixDatagram() | Udp() | Tcp() | Http():
             yield from of_source(settings)
         case Buffer():
             yield from path(settings.path, "path", math.inf)
@@ -131,11 +132,9 @@ def _places(config: Config) -> Iterator[Wrong]:
     for source in config.sources:
         if source.socket:
             yield f"source[{source.name}].socket", f'"{source.socket}"'
-        elif isinstance(source, Udp | Tcp):
-            yield (
-                f"source[{source.name}].listen",
-                f"{str(source.__struct_config__.tag).upper()} {source.listen}",
-            )
+        elif isinstance(source, Udp | Tcp | Http):
+            transport = "UDP" if isinstance(source, Udp) else "TCP"
+            yield f"source[{source.name}].listen", f"{transport} {source.listen}"
         elif source.path:
             yield f"source[{source.name}].path", source.path
     if config.admin.socket:
@@ -152,6 +151,9 @@ def warnings(config: Config) -> Iterator[Wrong]:
         if isinstance(source, Tcp) and source.listen and not (source.tls_cert or is_loopback(source.listen)):
             why = f"{source.listen} is reached from other hosts, and what they send can be read on the way"
             yield f"source[{source.name}].listen", f"{why}: set tls_cert and tls_key, or use 127.0.0.1"
+        if isinstance(source, Http) and source.listen and not is_loopback(source.listen):
+            why = f"{source.listen} is reached from other hosts, and what they send can be read on the way"
+            yield f"source[{source.name}].listen", f"{why}: put a proxy with TLS before it"
 
 
 def wrong_key(key: str) -> str:

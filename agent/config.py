@@ -183,7 +183,26 @@ class Tcp(Common, frozen=True, kw_only=True, tag_field="kind", tag="tcp"):
     tls_client_ca: str = ""
 
 
-Source = UnixStream | UnixDatagram | Udp | Tcp
+class Http(Common, frozen=True, kw_only=True, tag_field="kind", tag="http"):
+    """A listening TCP socket that speaks HTTP, as PostHog's SDKs do with PostHog."""
+
+    # Beside 8125; on loopback: what an SDK sends is not encrypted here.
+    listen: str = "127.0.0.1:8127"
+    # A body's shape is the SDK's.
+    format: Literal["json"] = "json"
+    # "any": an SDK's events go to the project whose key it has, as they would without the agent.
+    keys: Literal["any", "configured"] = "any"
+    # What PostHog takes in one request (`rust/capture/src/router.rs`); unpacked, it may be no larger here.
+    max_body: Size = 20 * MIB
+    # Requests at once; more are told to come again.
+    max_connections: int = 1000
+    # Networks of the proxies whose word on a client's address is taken. Nobody's: anybody can say anything.
+    trusted_proxies: tuple[str, ...] = ()
+    # Origins of the web pages that may send events, or "*". None: this host's programs are no browsers.
+    cors: tuple[str, ...] = ()
+
+
+Source = UnixStream | UnixDatagram | Udp | Tcp | Http
 Stream = UnixStream | Tcp
 
 

@@ -6,7 +6,7 @@ mistake's line ever holds a secret.
 
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import msgspec
 
@@ -23,22 +23,13 @@ from agent.config import (
     Secret,
     Settings,
     Source,
-    Tcp,
-    Udp,
-    UnixDatagram,
-    UnixStream,
 )
 from agent.references import look_up
 from agent.source_checks import of_passed
 from agent.values import converted, suggestion, written_as_text
 
 PREFIX = "CAPTURE_AGENT_"
-KINDS: Mapping[str, type[Source]] = {
-    "unix_stream": UnixStream,
-    "unix_datagram": UnixDatagram,
-    "udp": Udp,
-    "tcp": Tcp,
-}
+KINDS: Mapping[str, type[Source]] = {str(kind.__struct_config__.tag): kind for kind in get_args(Source)}
 # What there is where the file names no source.
 DEFAULT_KINDS = ("unix_stream", "unix_datagram", "udp")
 SECTIONS = ("project", "source", "buffer", "delivery", "admin", "log")

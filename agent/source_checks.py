@@ -3,14 +3,18 @@
 import math
 import re
 from collections.abc import Iterator, Mapping
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 
 from agent import shape_checks
 from agent.bounds import PATH_BYTES, Wrong, between, named, path, wrong_address
-from agent.config import GIB, KIB, Common, Source, Tcp, Udp, UnixDatagram, UnixStream
+from agent.config import GIB, KIB, MIB, Common, Http, Source, Tcp, Udp, UnixDatagram, UnixStream
 
 # PostHog's limit on one event with its envelope is 1,000,000 bytes (`rust/capture/src/config.rs`).
 LARGEST_EVENT = 976 * KIB
+# One body is unpacked at a time, and held a few times over.
+LARGEST_BODY = 100 * MIB
+# As browsers write it (RFC 6454, 6.2): no path, in small letters.
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\sA-Z]+")
 # What is replaced in the names and ids of events; all but the first in syslog only.
 FIELDS = ("hostname", "app", "severity")
 _FIELD = re.compile(r"\{(\w+)\}")
@@ -43,6 +47,8 @@ def of_source(source: Source) -> Iterator[Wrong]:
     yield from _of_rates(source)
     yield from shape_checks.of(source)
     yield from _of_socket(source)
+    if isinstance(source, Http):
+        yield from _of_http(source)
 
 
 def _of_syslog(source: Source) -> Iterator[Wrong]:
@@ -81,14 +87,14 @@ def _of_socket(source: Source) -> Iterator[Wrong]:
                 yield "socket", f"{name!r} is no name that FileDescriptorName= takes: ASCII without a colon"
             elif name == ADMIN_SOCKET:
                 yield "socket", f'"{name}" is the name of the admin socket: give this one another'
-        case Udp() | Tcp():
+        case Udp() | Tcp() | Http():
             if wrong := wrong_address(source.listen):
                 yield "listen", wrong
         case _:
             yield from path(source.path, "path", PATH_BYTES)
             if not 0 <= source.mode <= 0o777:
                 yield "mode", f"{source.mode:#o} is no file mode, such as 0o660"
-    if isinstance(source, UnixStream | Tcp):
+    if isinstance(source, UnixStream | Tcp | Http):
         yield from between("max_connections", source.max_connections, 1, 1_000_000)
     if isinstance(source, Tcp):
         yield from between("idle_timeout", source.idle_timeout, 1, 30 * 86400, seconds=True)
@@ -97,6 +103,20 @@ def _of_socket(source: Source) -> Iterator[Wrong]:
                 yield name, "is of no use without tls_cert"
     if isinstance(source, UnixDatagram | Udp):
         yield from between("receive_buffer", source.receive_buffer, 4 * KIB, GIB, size=True)
+
+
+def _of_http(source: Http) -> Iterator[Wrong]:
+    yield from between("max_body", source.max_body, KIB, LARGEST_BODY, size=True)
+    if source.format != "json":
+        yield "format", "is not for http, which takes what PostHog's SDKs send"
+    for network in source.trusted_proxies:
+        try:
+            ip_network(network)
+        except ValueError as error:
+            yield "trusted_proxies", f'{error}: write a network, such as "10.0.0.0/8", or an address'
+    for origin in source.cors:
+        if origin != "*" and _ORIGIN.fullmatch(origin) is None:
+            yield "cors", f'{origin!r} is not an origin, such as "https://app.example.com", nor "*"'
 
 
 def is_loopback(listen: str) -> bool:

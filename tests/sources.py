@@ -9,14 +9,17 @@ import msgspec
 import trio
 
 from agent import config
+from agent.accept.putter import Offered
 from agent.accept.source import Source, opened
 from agent.buffer import Books, Buffer, Entry, Limits
 from agent.buffer.memory import open_memory
 from agent.clock import Clock
+from agent.events import Origin, Read
 from agent.pack import inflate
 from agent.systemd import NOTHING, Passed
 
 PROJECT = config.Project(api_key=config.Secret("phc_test"))
+OTHER = config.Project(name="other one", api_key=config.Secret("phc_other"))
 
 
 class Taken(NamedTuple):
@@ -56,12 +59,25 @@ async def taking(
     kept = config.Buffer(path=path, kind="memory", max_size=max_size, when_full=when_full)
     with opened(settings, passed) as sockets:
         async with open_memory(kept) as buffer, trio.open_nursery() as nursery:
-            source = Source(settings, PROJECT, sockets, buffer, Clock())
+            source = Source(settings, PROJECT, sockets, buffer, Clock(), (PROJECT, OTHER))
             stop = trio.Event()
             nursery.start_soon(source.run, stop)
             with trio.fail_after(20):
                 yield Taken(source, buffer, stop)
             stop.set()
+
+
+def origins(taken: Taken) -> list[Origin | None]:
+    """Who the door is told sent what, from now on."""
+    found: list[Origin | None] = []
+    offer = taken.source.putter.offer
+
+    def noting(read: Read, *, urgent: bool = False) -> Offered:
+        found.append(read.origin)
+        return offer(read, urgent=urgent)
+
+    taken.source.putter.offer = noting  # type: ignore[method-assign]  # a window, not another putter
+    return found
 
 
 def stream(folder: Path, **settings: Any) -> config.UnixStream:
@@ -77,6 +93,11 @@ def datagram(folder: Path, **settings: Any) -> config.UnixDatagram:
 def tcp(**settings: Any) -> config.Tcp:
     """Settings of a TCP listener on any free port."""
     return config.Tcp(name="app", project="default", **{"listen": "127.0.0.1:0", **settings})
+
+
+def http(**settings: Any) -> config.Http:
+    """Settings of an HTTP listener on any free port."""
+    return config.Http(name="app", project="default", listen="127.0.0.1:0", **settings)
 
 
 def udp(**settings: Any) -> config.Udp:

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.decode.capture_v1 import read_request, results
-from agent.decode.request import Posted, Refused, Request
+from agent.decode.capture_v1 import answer, read_request
+from agent.decode.request import Answer, Posted, Request
 from agent.events import Instant
 from agent.sink import payload, v1
 
@@ -42,7 +42,7 @@ def event(number: int = 0, **fields: object) -> dict[str, Any]:
     }
 
 
-def asked(body: object, near: bool = False, **headers: str | None) -> Posted | Refused:
+def asked(body: object, near: bool = False, **headers: str | None) -> Posted | Answer:
     packed = body if isinstance(body, bytes) else json.dumps(body).encode()
     changes = {name.replace("_", "-"): value for name, value in headers.items()}
     told = {name: value for name, value in {**HEADERS, **changes}.items() if value is not None}
@@ -61,8 +61,7 @@ def test_ordinary_events_pass_as_they_came() -> None:
     found = posted(event(1), event(2))
     assert found.lines == b"".join(json.dumps(event(number)).encode() + b"\n" for number in (1, 2))
     assert (found.key, found.uuids) == ("phc_a", [str(UUID(int=1)), str(UUID(int=2))])
-    defaults = {name: json.loads(bytes(raw)) for name, raw in found.defaults.items()}
-    assert defaults == {"$lib": "posthog-python", "$lib_version": "7.91.1"}
+    assert found.defaults == {"$lib": "posthog-python", "$lib_version": "7.91.1"}
 
 
 @pytest.mark.parametrize("told", ["nonsense", "/1", "a/", "a" * 200 + "/1"])
@@ -93,7 +92,7 @@ def test_headers(status: int, tag: str, headers: dict[str, str | None]) -> None:
     """What PostHog refuses for its headers is refused in its words, its strict stand-in agrees."""
     body = json.dumps({"created_at": NOW.isoformat(), "batch": [event()]}).encode()
     found = asked(body, **headers)
-    assert isinstance(found, Refused)
+    assert isinstance(found, Answer)
     assert (found.status, json.loads(found.text)["error"], found.kind) == (status, tag, "application/json")
     changes = {name.replace("_", "-"): value for name, value in headers.items()}
     told = {name: value for name, value in {**HEADERS, **changes}.items() if value is not None}
@@ -116,7 +115,7 @@ def test_headers(status: int, tag: str, headers: dict[str, str | None]) -> None:
 def test_bodies_that_hold_nothing(status: int, tag: str, body: object) -> None:
     """They are refused as a whole."""
     found = asked(body)
-    assert isinstance(found, Refused)
+    assert isinstance(found, Answer)
     assert (found.status, json.loads(found.text)["error"]) == (status, tag)
 
 
@@ -126,7 +125,7 @@ def test_packed_bodies() -> None:
     for encoding, packed in (("gzip", gzip.compress(body)), ("deflate", zlib.compress(body))):
         assert isinstance(asked(packed, content_encoding=encoding), Posted)
     bomb = asked(gzip.compress(b" " * 100_001), content_encoding="gzip")
-    assert isinstance(bomb, Refused)
+    assert isinstance(bomb, Answer)
     assert bomb.status == 413
 
 
@@ -169,19 +168,24 @@ def test_one_bad_event_takes_no_other_with_it() -> None:
 
 
 def test_results() -> None:
-    """PostHog's word for what the door found."""
-    refused = {1: "missing_distinct_id", 2: "too_deep", 3: "missing_event"}
-    assert json.loads(results(["a", "b", "c", ""], refused)) == {
-        "results": {
-            "a": {"result": "ok"},
-            "b": {"result": "drop", "details": "missing_distinct_id"},
-            "c": {"result": "drop", "details": "rejected"},
-        }
-    }
+    """PostHog's word for what the door found, and whether to come again."""
+    found = posted(*(event(number) for number in range(1, 6)), {"event": "e"})
+    refused = {1: "missing_distinct_id", 2: "too_deep", 3: "filtered", 4: "rate_limited", 5: "missing_event"}
+    told = answer(found, refused)
+    assert (told.status, told.kind, told.again) == (200, "application/json", True)
+    assert list(json.loads(told.text)["results"].values()) == [
+        {"result": "ok"},
+        {"result": "drop", "details": "missing_distinct_id"},
+        {"result": "drop", "details": "rejected"},
+        {"result": "drop", "details": "event_restriction_drop"},
+        {"result": "retry", "details": "not_persisted"},
+    ]
+    assert answer(found, {}).again is False
+    assert answer(found, {0: "buffer_full"}).status == 503
 
 
 @given(st.binary(max_size=80) | st.text('{}[]",: batchud\n', max_size=80).map(str.encode), st.booleans())
 def test_nothing_raises(body: bytes, packed: bool) -> None:
     """Whatever a client sends, it is lines or a refusal."""
     found = asked(gzip.compress(body) if packed else body, content_encoding="gzip" if packed else None)
-    assert isinstance(found, Posted | Refused)
+    assert isinstance(found, Posted | Answer)

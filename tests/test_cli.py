@@ -82,6 +82,17 @@ def test_check_warns_of_what_can_be_read_on_the_way(tmp_path: Path, source: str,
     assert ("warning: source[tcp].listen" in done.stderr) is warned
 
 
+def test_check_tells_of_an_http_source_that_others_reach(tmp_path: Path) -> None:
+    """It is allowed, and printed as a file would say it."""
+    file = tmp_path / "c.toml"
+    source = 'listen = "0.0.0.0:8127"\ntrusted_proxies = ["10.0.0.0/8"]'
+    file.write_text(f'[project]\napi_key = "phc_x"\n[[source]]\nkind = "http"\n{source}\n')
+    done = run("check", "--config", str(file))
+    assert done.returncode == 0, done.stderr
+    assert "warning: source[http].listen: 0.0.0.0:8127 is reached from other hosts" in done.stderr
+    assert 'trusted_proxies = ["10.0.0.0/8"]' in done.stdout.splitlines()
+
+
 def test_check_prints_what_is_in_force(tmp_path: Path) -> None:
     """A valid configuration is printed resolved, without its key."""
     file = configure(tmp_path, "http://127.0.0.1:1")

@@ -181,6 +181,33 @@ def test_what_is_printed_resolved_reads_back_as_the_same() -> None:
             "[[source]]\nkind = 'tcp'\nidle_timeout = '0'\n",
             "source[tcp].idle_timeout: must be at least 1 s",
         ),
+        (
+            "[[source]]\nkind = 'http'\ntrusted_proxies = ['10.0.0.1/8']\n",
+            (
+                "source[http].trusted_proxies: 10.0.0.1/8 has host bits set:"
+                ' write a network, such as "10.0.0.0/8", or an address'
+            ),
+        ),
+        (
+            "[[source]]\nkind = 'http'\ncors = ['https://a.example/']\n",
+            (
+                "source[http].cors: 'https://a.example/' is not an origin,"
+                ' such as "https://app.example.com", nor "*"'
+            ),
+        ),
+        ("[[source]]\nkind = 'http'\ncors = '*'\n", "source[http].cors: Expected array, got str"),
+        ("[[source]]\nkind = 'http'\nmax_body = '1 GiB'\n", "source[http].max_body: must be at most 100 MiB"),
+        (
+            "[[source]]\nkind = 'http'\nkeys = 'all'\n",
+            "source[http].keys: 'all' is not one of any, configured",
+        ),
+        (
+            (
+                "[[source]]\nkind = 'http'\nlisten = '127.0.0.1:1'\n"
+                "[[source]]\nkind = 'tcp'\nlisten = '127.0.0.1:1'\n"
+            ),
+            "source[tcp].listen: TCP 127.0.0.1:1 is that of source[http].listen already",
+        ),
         ("[delivery]\nclient_key = '/k'\n", "delivery.client_key: is of no use without client_cert"),
         (
             "[admin]\nlisten = '127.0.0.1:99999'\n",
@@ -194,11 +221,14 @@ def test_what_is_printed_resolved_reads_back_as_the_same() -> None:
         (
             "[[source]]\nkind = 'unixstream'\n",
             (
-                "source[unixstream].kind: 'unixstream' is not: one of unix_stream, unix_datagram, udp, tcp"
-                " (did you mean unix_stream?)"
+                "source[unixstream].kind: 'unixstream' is not: one of unix_stream, unix_datagram, udp, tcp,"
+                " http (did you mean unix_stream?)"
             ),
         ),
-        ("[[source]]\npath = '/x'\n", "source[1].kind: missing: one of unix_stream, unix_datagram, udp, tcp"),
+        (
+            "[[source]]\npath = '/x'\n",
+            "source[1].kind: missing: one of unix_stream, unix_datagram, udp, tcp, http",
+        ),
         (
             "[[source]]\nkind = 'udp'\n[[source]]\nkind = 'udp'\nlisten = '127.0.0.1:1'\n",
             "source[udp].name: there are several sources of this name; each needs its own",

@@ -1,7 +1,5 @@
 """lz-string's base64 form, as the JavaScript library writes it."""
 
-import time
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -42,8 +40,6 @@ def test_a_bomb_stops_at_the_limit() -> None:
     bits += "0" * (-len(bits) % 6)
     alphabet = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
     packed = bytes(alphabet[int(bits[at : at + 6], 2)] for at in range(0, len(bits), 6))
-    start = time.process_time()
     opened = open_lz64(packed, MOST)
     assert opened is not None
     assert MOST < len(opened) < 2 * MOST
-    assert time.process_time() - start < 1.0

@@ -1,7 +1,6 @@
 """What looks like an address or a card's number is found wherever it stands, and little else."""
 
 import json
-import time
 
 import pytest
 from hypothesis import given, settings
@@ -131,17 +130,11 @@ def test_whatever_a_text_is(text: str) -> None:
         "-",
     ],
 )
-def test_time_grows_with_the_text_and_no_faster(name: str, text: str) -> None:
-    """A text of nothing but beginnings costs, at eight times the length, about eight times as much."""
-
-    def cost(size: int) -> float:
-        blob = (text * size)[:size]
-        began = time.process_time()
-        PATTERNS[name].without(blob)
-        Laid([blob.encode()]).which(PATTERNS[name].finds)
-        return time.process_time() - began
-
-    assert cost(80_000) < 40 * min(cost(10_000) for _ in range(3)) + 0.05
+def test_a_text_of_nothing_but_beginnings(name: str, text: str) -> None:
+    """It is looked through at once; at the square of its length it would take minutes."""
+    blob = (text * 1_000_000)[:1_000_000]
+    PATTERNS[name].without(blob)
+    Laid([blob.encode()]).which(PATTERNS[name].finds)
 
 
 def test_luhn() -> None:

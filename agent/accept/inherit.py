@@ -4,8 +4,8 @@ import socket
 from collections.abc import Mapping, Sequence
 
 from agent.accept.sockets import Opened, ask_buffer, granted_buffer
+from agent.config import Http, Tcp, Udp, UnixDatagram, UnixStream
 from agent.config import Source as Settings
-from agent.config import Tcp, Udp, UnixDatagram, UnixStream
 from agent.systemd import TCP, UDP, UNIX_DATAGRAM, UNIX_STREAM, Kind, Passed
 
 WANTED: Mapping[type[Settings], Sequence[Kind]] = {
@@ -13,6 +13,7 @@ WANTED: Mapping[type[Settings], Sequence[Kind]] = {
     UnixDatagram: (UNIX_DATAGRAM,),
     Udp: (UDP,),
     Tcp: (TCP,),
+    Http: (TCP,),
 }
 
 

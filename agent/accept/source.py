@@ -13,6 +13,7 @@ import trio
 from agent import __version__
 from agent.accept.datagram import DatagramSource
 from agent.accept.inherit import inherit
+from agent.accept.late import LateHttp
 from agent.accept.peer import server_context, stay_awake
 from agent.accept.putter import Putter
 from agent.accept.rates import Rate, Rates
@@ -21,7 +22,7 @@ from agent.accept.sockets import Opened, address_of, ask_buffer, bind_address, b
 from agent.accept.stream import StreamSource
 from agent.buffer import Buffer
 from agent.clock import Clock, zone
-from agent.config import Project, Stream, Tcp, Udp, Unix, UnixDatagram, UnixStream
+from agent.config import Http, Project, Stream, Tcp, Udp, Unix, UnixDatagram, UnixStream
 from agent.config import Source as Settings
 from agent.decode.framing import FrameReader
 from agent.decode.lines import Format
@@ -49,6 +50,7 @@ class Source:
         sockets: Sequence[Opened],
         buffer: Buffer,
         clock: Clock,
+        projects: Sequence[Project] = (),
     ) -> None:
         self.settings = settings
         self.granted = min((opened.granted for opened in sockets if opened.granted is not None), default=None)
@@ -57,8 +59,11 @@ class Source:
         senders = _senders(settings)
         syslog = settings.format == "syslog"
         allowed = frozenset(settings.allow_uids) if isinstance(settings, Unix) else frozenset[int]()
-        self._readings: Sequence[DatagramSource | StreamSource]
-        if isinstance(settings, Stream):
+        self._readings: Sequence[DatagramSource | StreamSource | LateHttp]
+        if isinstance(settings, Http):
+            listeners = [opened.sock for opened in sockets]
+            self._readings = [LateHttp(listeners, self.putter, clock, settings, projects or (project,))]
+        elif isinstance(settings, Stream):
             tcp = settings if isinstance(settings, Tcp) else None
             streams = StreamSource(
                 [opened.sock for opened in sockets],
@@ -90,13 +95,17 @@ class Source:
 
     @property
     def connections(self) -> int | None:
-        """How many are open; None for datagrams."""
-        counts = [len(one.connections) for one in self._readings if isinstance(one, StreamSource)]
+        """How many are open, or of HTTP how many requests are under way; None for datagrams."""
+        counts = [
+            one.requests if isinstance(one, LateHttp) else len(one.connections)
+            for one in self._readings
+            if not isinstance(one, DatagramSource)
+        ]
         return sum(counts) if counts else None
 
     @property
     def turned_away(self) -> int | None:
-        """How many connections of users who may not send here were closed; None for datagrams."""
+        """How many connections of users who may not send here were closed; None where users are not known."""
         counts = [one.turned_away for one in self._readings if isinstance(one, StreamSource)]
         return sum(counts) if counts else None
 
@@ -121,8 +130,10 @@ def door_of(settings: Settings, project: Project) -> Door:
 
 
 def _rules(settings: Settings, project: Project) -> Rules:
-    ours: dict[str, object] = {"$lib": "capture-agent", "$lib_version": __version__}
-    if project.delivery.disable_geoip:
+    ours: dict[str, object] = {}
+    if not isinstance(settings, Http):  # an SDK says who it is, and a client's address where it was
+        ours = {"$lib": "capture-agent", "$lib_version": __version__}
+    if project.delivery.disable_geoip and not isinstance(settings, Http):
         ours["$geoip_disable"] = True
     if settings.format == "syslog":  # a host is no person, and profiles cost
         ours["$process_person_profile"] = False
@@ -201,7 +212,7 @@ def opened(settings: Settings, passed: Passed) -> Iterator[Sequence[Opened]]:
         sockets = inherit(settings, passed)
         for sock, granted in sockets:
             stack.enter_context(sock)
-            if isinstance(settings, Tcp):
+            if isinstance(settings, Tcp | Http):
                 stay_awake(sock)
             if isinstance(settings, Udp):
                 hint = f"ReceiveBuffer={settings.receive_buffer} in the .socket unit"
@@ -223,6 +234,10 @@ def bound(settings: Settings) -> Iterator[Opened]:
                 stack.enter_context(removed_at_the_end(sock, path))
                 yield Opened(sock, ask_buffer(sock, settings.receive_buffer))
             case Tcp(listen=listen):
+                sock = stack.enter_context(bind_address(listen, socket.SOCK_STREAM))
+                stay_awake(sock)
+                yield Opened(sock, None)
+            case Http(listen=listen):
                 sock = stack.enter_context(bind_address(listen, socket.SOCK_STREAM))
                 stay_awake(sock)
                 yield Opened(sock, None)

@@ -6,7 +6,7 @@ an event, the door says of that event alone. Ordinary events pass as the bytes t
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 
 import msgspec
@@ -14,7 +14,7 @@ from msgspec import UNSET, Raw, UnsetType
 
 from agent.decode.body import MOST_VALUES, ahead_of, crowded, joined, trimmed, wrong_key
 from agent.decode.mend import Manner, mend
-from agent.decode.request import Posted, Refused, Request
+from agent.decode.request import JSON, WANTED, Answer, Posted, Request, Trouble
 from agent.decode.shards import shatter
 from agent.decode.unpack import unpack
 from agent.envelope import DECODE_ERRORS
@@ -24,8 +24,16 @@ SENT_AT_YEAR = 2020  # a `_` up to then was in seconds and is ignored: `payload/
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _DIGITS = re.compile(r"[0-9]{1,18}", re.ASCII)
 _WORDS = b"data did not match any variant of untagged enum RawRequest"  # serde's
+_OK, _NO_CONTENT = Answer(200, b'{"status":"Ok"}', JSON), Answer(204)
+_TROUBLES: Mapping[Trouble, Answer] = {
+    "too_large": Answer(413, b"maximum event size exceeded: Request body exceeds the limit"),
+    "stalled": Answer(408, b"client stopped sending data"),
+    "busy": Answer(503, b"transient error, please retry", again=True),
+    "unknown_key": Answer(401, b"API key is not valid: no project of this agent has this project API key"),
+    "rate_limited": Answer(429, b"rate limited", again=True),
+}
 # What PostHog says of a request with an event that has this flaw: `api.rs`.
-FLAWS = {
+_FLAWS = {
     "missing_event": b"event submitted with an empty event name",
     "missing_distinct_id": b"event submitted without a distinct_id",
     "too_large": b"maximum event size exceeded",
@@ -60,24 +68,39 @@ _ordinary = msgspec.json.Decoder(_OrdinaryBatch).decode
 _text = msgspec.json.Decoder(str).decode
 
 
-def refusal(reason: str) -> bytes:
-    """PostHog's words for a request none of whose events was taken, the first for this reason."""
-    return FLAWS.get(reason, b"failed to parse request: " + _WORDS)
+def trouble(what: Trouble) -> Answer:
+    """What a client is told that meets with this."""
+    return _TROUBLES[what]
 
 
-def read_request(request: Request) -> Posted | Refused:
+def answer(posted: Posted, refused: Mapping[int, str]) -> Answer:
+    """What a client is told once its events are taken, but for those that the door `refused`, and why.
+
+    An SDK throws all of a batch away for a 400, so there is one only where nothing was taken.
+    """
+    reasons = list(dict.fromkeys(refused.values()))
+    if "buffer_full" in reasons:
+        return trouble("busy")
+    if len(refused) < posted.events or WANTED.issuperset(reasons):
+        return _NO_CONTENT if posted.beacon else _OK
+    if "rate_limited" in reasons:
+        return trouble("rate_limited")
+    return Answer(400, _FLAWS.get(reasons[0], b"failed to parse request: " + _WORDS))
+
+
+def read_request(request: Request) -> Posted | Answer:
     """The events of a request, or why PostHog would refuse all of it."""
     unpacked = unpack(request)
-    if isinstance(unpacked, Refused):
+    if isinstance(unpacked, Answer):
         return unpacked
     text = unpacked.text
     parted = _part(text)
-    if isinstance(parted, Refused):
+    if isinstance(parted, Answer):
         return parted
     root, events = parted
     if not events:
-        return Refused(400, b"request holds no event")
-    key = _as_text(root.api_key) or _as_text(root.token)
+        return Answer(400, b"request holds no event")
+    key = _first_text(root.api_key, root.token)
     ahead = _ahead(root, unpacked.query.get("_"), request.at.wall)
     manner = Manner(request.at.wall, ahead, request.near, request.path.removesuffix("/") == "/engage")
     if key is not None and root.batch is not UNSET and _is_plain(text, manner):
@@ -88,13 +111,13 @@ def read_request(request: Request) -> Posted | Refused:
         if key is None:
             keys = {event.key for event in mended if event.key is not None}
             if len(keys) > 1:
-                return Refused(401, b"batch submitted with inconsistent api_key values")
+                return Answer(401, b"batch submitted with inconsistent api_key values")
             key = keys.pop() if keys else None
     if key is None:
-        return Refused(401, b"event submitted without an api_key")
+        return Answer(401, b"event submitted without an api_key")
     key = trimmed(key)
     if why := wrong_key(key):
-        return Refused(401, b"API key is not valid: " + why)
+        return Answer(401, b"API key is not valid: " + why)
     return Posted(
         key,
         lines,
@@ -104,18 +127,18 @@ def read_request(request: Request) -> Posted | Refused:
     )
 
 
-def _part(text: bytes) -> tuple[_Root, Sequence[Raw]] | Refused:
+def _part(text: bytes) -> tuple[_Root, Sequence[Raw]] | Answer:
     """The root and the events, in whichever shape they came."""
     if crowded(text):
-        return Refused(413, b"maximum event size exceeded: more than %d values" % MOST_VALUES)
+        return Answer(413, b"maximum event size exceeded: more than %d values" % MOST_VALUES)
     try:
         if text.lstrip()[:1] == b"[":
             return _Root(), _array(text)
         root = _root(text)
     except msgspec.ValidationError:
-        return Refused(400, b"failed to parse request: " + _WORDS)
+        return Answer(400, b"failed to parse request: " + _WORDS)
     except DECODE_ERRORS as error:
-        return _part_broken(text) or Refused(400, b"failed to parse request: " + str(error).encode())
+        return _part_broken(text) or Answer(400, b"failed to parse request: " + str(error).encode())
     return root, (root.batch if root.batch is not UNSET else [Raw(text)])
 
 
@@ -139,6 +162,11 @@ def _is_plain(text: bytes, manner: Manner) -> bool:
     except DECODE_ERRORS:
         return False
     return True
+
+
+def _first_text(*values: Raw) -> str | None:
+    """The first of them that is a text."""
+    return next((text for text in map(_as_text, values) if text is not None), None)
 
 
 def _as_text(raw: Raw) -> str | None:

@@ -13,7 +13,7 @@ from msgspec import Raw
 
 from agent.decode.body import MOST_VALUES, ahead_of, crowded, joined, trimmed, wrong_key
 from agent.decode.mend import Manner, mend
-from agent.decode.request import JSON, Posted, Refused, Request
+from agent.decode.request import JSON, WANTED, Answer, Posted, Request, Trouble
 from agent.decode.shards import shatter
 from agent.decode.unpack import inflate_v1
 from agent.envelope import DECODE_ERRORS
@@ -30,7 +30,7 @@ REQUIRED = (
     "user-agent",
 )
 # PostHog's name for what the door found: `analytics/types.rs`.
-DETAILS = {
+_DETAILS = {
     "missing_event": "missing_event_name",
     "missing_distinct_id": "missing_distinct_id",
     "bad_uuid": "invalid_event_uuid",
@@ -67,13 +67,28 @@ _ordinary = msgspec.json.Decoder(_OrdinaryBatch).decode
 _encode = msgspec.json.Encoder().encode
 
 
-def read_request(request: Request) -> Posted | Refused:
+def error(status: int, tag: str, text: str) -> Answer:
+    """An answer for the whole request: `v1/error.rs`."""
+    body = {"error": tag, "error_description": text, "error_uri": "https://posthog.com/docs/api"}
+    return Answer(status, _encode(body), JSON)
+
+
+_TROUBLES: Mapping[Trouble, Answer] = {
+    "too_large": error(413, "payload_too_large", "payload too large: Request body exceeds the limit"),
+    "stalled": error(408, "body_read_timeout", "body read stalled"),
+    "busy": error(503, "service_unavailable", "Service Unavailable")._replace(again=True),
+    "unknown_key": error(401, "invalid_api_token", "The provided API token is not valid."),
+    "rate_limited": error(429, "rate_limited", "Rate limit exceeded.")._replace(again=True),
+}
+
+
+def read_request(request: Request) -> Posted | Answer:
     """The events of a request, or why PostHog would refuse all of it."""
     refused = _refused_headers(request.headers)
     if refused is not None:
         return refused
     text = _open(request)
-    if isinstance(text, Refused):
+    if isinstance(text, Answer):
         return text
     if crowded(text):
         return error(413, "payload_too_large", f"payload too large: more than {MOST_VALUES} values")
@@ -96,24 +111,31 @@ def read_request(request: Request) -> Posted | Refused:
     )
 
 
-def results(uuids: Sequence[str], refused: Mapping[int, str]) -> bytes:
-    """What became of each event, where `refused` says for which reason the door took one not."""
-    told = {}
-    for place, uuid in enumerate(uuids):
-        if uuid and (reason := refused.get(place)) is None:
-            told[uuid] = {"result": "ok"}
-        elif uuid:
-            told[uuid] = {"result": "drop", "details": DETAILS.get(reason or "", "rejected")}
-    return _encode({"results": told})
+def trouble(what: Trouble) -> Answer:
+    """What a client is told that meets with this."""
+    return _TROUBLES[what]
 
 
-def error(status: int, tag: str, text: str) -> Refused:
-    """An answer for the whole request: `v1/error.rs`."""
-    body = {"error": tag, "error_description": text, "error_uri": "https://posthog.com/docs/api"}
-    return Refused(status, _encode(body), JSON)
+def answer(posted: Posted, refused: Mapping[int, str]) -> Answer:
+    """A result for each event, where the door `refused` some, and why."""
+    if "buffer_full" in refused.values():
+        return trouble("busy")
+    results = {
+        uuid: _result(refused[place]) if place in refused else {"result": "ok"}
+        for place, uuid in enumerate(posted.uuids)
+        if uuid
+    }
+    return Answer(200, _encode({"results": results}), JSON, again="rate_limited" in refused.values())
 
 
-def _refused_headers(given: Mapping[str, str]) -> Refused | None:
+def _result(reason: str) -> Mapping[str, str]:
+    if reason == "rate_limited":
+        return {"result": "retry", "details": "not_persisted"}
+    details = "event_restriction_drop" if reason in WANTED else _DETAILS.get(reason, "rejected")
+    return {"result": "drop", "details": details}
+
+
+def _refused_headers(given: Mapping[str, str]) -> Answer | None:
     """Why a request is refused for its headers, looked at in the order of `context.rs`."""
     if "authorization" not in given:
         return error(401, "missing_authorization", "Authorization header is missing")
@@ -142,7 +164,7 @@ def _refused_headers(given: Mapping[str, str]) -> Refused | None:
     return None
 
 
-def _open(request: Request) -> bytes | Refused:
+def _open(request: Request) -> bytes | Answer:
     """The JSON text of the request: `util.rs`."""
     text: bytes | None = request.body
     if not text:
@@ -187,9 +209,9 @@ def _read(text: bytes, events: list[Raw], manner: Manner) -> tuple[bytes, Sequen
     return joined(text, [event.line for event in mended]), [event.uuid for event in mended]
 
 
-def _library(told: str) -> Mapping[str, Raw]:
+def _library(told: str) -> Mapping[str, str]:
     """What `PostHog-Sdk-Info` says, as properties."""
     name, slash, version = told.rpartition("/")
     if not slash or not name.strip() or not version.strip() or len(told) > SDK_INFO_LIMIT:
         return {}
-    return {"$lib": Raw(_encode(name.strip())), "$lib_version": Raw(_encode(version.strip()))}
+    return {"$lib": name.strip(), "$lib_version": version.strip()}

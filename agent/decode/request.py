@@ -1,9 +1,7 @@
-"""What an SDK's HTTP request is, and what may come of it: events for the door, or words that refuse it."""
+"""What an SDK's HTTP request is, what it may hold for the door, and what a client may be told."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
-
-from msgspec import Raw
+from typing import Literal, NamedTuple
 
 from agent.events import Instant
 
@@ -26,12 +24,20 @@ class Request(NamedTuple):
     near: bool = False
 
 
-class Refused(NamedTuple):
-    """A request of which nothing is taken; the status and text are those that PostHog would answer."""
+class Answer(NamedTuple):
+    """What a client is told; `again` that it should come again soon."""
 
     status: int
-    text: bytes
+    text: bytes = b""
     kind: str = TEXT
+    again: bool = False
+
+
+# What can keep a request's events from being taken, beside what is in it.
+Trouble = Literal["too_large", "stalled", "busy", "unknown_key", "rate_limited"]
+
+# Why the door may refuse events that nobody need mend: the configuration wants it.
+WANTED = {"filtered", "sampled", "forbidden"}
 
 
 class Posted(NamedTuple):
@@ -46,7 +52,7 @@ class Posted(NamedTuple):
     key: str
     lines: bytes
     events: int
-    defaults: Mapping[str, Raw] = {}
+    defaults: Mapping[str, str] = {}
     uuids: Sequence[str] = ()
     historical: bool = False
     beacon: bool = False

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from urllib.parse import parse_qsl
 
 from agent.decode.lz64 import open_lz64
-from agent.decode.request import Refused, Request
+from agent.decode.request import Answer, Request
 from agent.pack import GZIP, RAW, ZLIB, open_stream
 
 LEGACY = ("/e", "/track", "/capture", "/engage")  # are looked at for base64 once more: `v0_request.rs`
@@ -47,30 +47,30 @@ class Unpacked(NamedTuple):
     query: Mapping[str, str]
 
 
-def unpack(request: Request) -> Unpacked | Refused:
+def unpack(request: Request) -> Unpacked | Answer:
     """The text of a request of the v0 family."""
     query = _fields(request.query) if request.query else {}
     if query is None:
         return _undecodable(b"invalid query string")
     found = _find(request, query)
-    if isinstance(found, Refused):
+    if isinstance(found, Answer):
         return found
     packed, encoding = found
     text = _open(packed, encoding, request.limit)
-    if isinstance(text, Refused):
+    if isinstance(text, Answer):
         return text
     if len(text) <= request.limit and request.path.removesuffix("/") in LEGACY:
         text = _unwrap(text)
     return too_big(request.limit) if len(text) > request.limit else Unpacked(text, query)
 
 
-def too_big(limit: int) -> Refused:
+def too_big(limit: int) -> Answer:
     """A body that unpacks to more than `limit` bytes."""
-    return Refused(413, b"maximum event size exceeded: Decompressed payload would exceed %d bytes" % limit)
+    return Answer(413, b"maximum event size exceeded: Decompressed payload would exceed %d bytes" % limit)
 
 
-def _undecodable(why: bytes) -> Refused:
-    return Refused(400, b"failed to decode request: " + why)
+def _undecodable(why: bytes) -> Answer:
+    return Answer(400, b"failed to decode request: " + why)
 
 
 def _fields(text: str) -> dict[str, str] | None:
@@ -80,14 +80,14 @@ def _fields(text: str) -> dict[str, str] | None:
         return None
 
 
-def _find(request: Request, query: Mapping[str, str]) -> tuple[bytes, str] | Refused:
+def _find(request: Request, query: Mapping[str, str]) -> tuple[bytes, str] | Answer:
     """The bytes that hold the events, and how they are encoded: `payload/common.rs`."""
     hints = [query.get("compression", "").lower()]
     packed = request.body
     if data := query.get("data"):
         packed = _restored(data)
     if not packed:
-        return Refused(400, b"request missing data payload")
+        return Answer(400, b"request missing data payload")
     if _FORM_FIELD.search(packed[:BASE64_SAMPLE]) is None:
         packed = _unwrap(packed)
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() == FORM and not data:
@@ -111,7 +111,7 @@ def _restored(value: str) -> bytes:
     return data
 
 
-def _open(packed: bytes, hint: str, limit: int) -> bytes | Refused:
+def _open(packed: bytes, hint: str, limit: int) -> bytes | Answer:
     """Unpacked, to a little over `limit` at most: `payload/decompression.rs`."""
     encoding = _ENCODINGS.get(hint, hint)
     if encoding == "gzip" or packed.startswith(_GZIP_MAGIC):
@@ -119,7 +119,7 @@ def _open(packed: bytes, hint: str, limit: int) -> bytes | Refused:
         return text if text is not None else _undecodable(b"invalid GZIP data")
     if encoding == "lz64":
         if len(packed) > LZ64_BYTES:
-            return Refused(413, b"maximum event size exceeded: lz64 of more than %d bytes" % LZ64_BYTES)
+            return Answer(413, b"maximum event size exceeded: lz64 of more than %d bytes" % LZ64_BYTES)
         text = open_lz64(packed, limit)
         return text if text is not None else _undecodable(b"decompress_lz64: failed decompress to UTF16")
     if encoding in UNREADABLE:

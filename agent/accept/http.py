@@ -1,0 +1,270 @@
+"""Takes events over HTTP, as PostHog's SDKs send them to PostHog, and answers as PostHog does.
+
+A 200 is an acknowledgement: the events are in the buffer. It differs from PostHog's where that loses events:
+good events are taken whatever is wrong with others of their request, and a full buffer is a 503, upon which
+SDKs come again. The events of a client that left before its answer may have been taken.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from socket import socket
+from typing import NamedTuple
+
+import msgspec
+import trio
+from msgspec import Raw
+
+from agent import httpd
+from agent.accept.putter import Offered, Putter
+from agent.accept.whence import Address, Whence, is_near
+from agent.clock import Clock
+from agent.config import Http, Project
+from agent.decode import capture, capture_v1
+from agent.decode.request import JSON, Answer, Posted, Request, Trouble
+from agent.events import Instant, Origin, Read
+from agent.httpd import Message, Receive, Send
+
+# A whole body has so long to arrive: the largest at 3 Mbit/s.
+BODY_SECONDS = 60.0
+# SDKs give up after 10 to 15 s (posthog-node, posthog-python): before that they are told to come again.
+PATIENCE_SECONDS = 5.0
+# A stop gives open requests so long: less than the agent has to put what was read.
+PARTING_SECONDS = 1.0
+# The bodies of all requests together, or two of the largest: beyond it clients are told to come again.
+BODIES_BYTES = 64 * 1024 * 1024
+# What is unpacked while everybody waits; more is done in a thread, one body at a time.
+AT_ONCE_BYTES = 256 * 1024
+# What the door takes at once without holding others up.
+PIECE_BYTES = 256 * 1024
+ORIGINS_KEPT = 256
+
+_encode = msgspec.json.Encoder().encode
+
+
+class Dialect(NamedTuple):
+    """One of PostHog's protocols: what it allows, and how its requests are read and answered."""
+
+    methods: Sequence[str]
+    read: Callable[[Request], Posted | Answer]
+    trouble: Callable[[Trouble], Answer]
+    answer: Callable[[Posted, Mapping[int, str]], Answer]
+
+
+V0 = Dialect(("GET", "POST", "OPTIONS"), capture.read_request, capture.trouble, capture.answer)
+V1 = Dialect(("POST",), capture_v1.read_request, capture_v1.trouble, capture_v1.answer)
+DIALECTS = {
+    path + end: dialect
+    for dialect, paths in ((V0, capture.PATHS), (V1, capture_v1.PATHS))
+    for path in paths
+    for end in ("", "/")
+}
+HEALTH = ("/", "/_readiness", "/_liveness")
+
+
+class HttpSource:
+    """Listening sockets that speak HTTP."""
+
+    def __init__(
+        self,
+        listeners: Sequence[socket],
+        putter: Putter,
+        clock: Clock,
+        settings: Http,
+        projects: Sequence[Project],
+    ) -> None:
+        self._listeners = listeners
+        self._putter = putter
+        self._clock = clock
+        self._settings = settings
+        self._names = {
+            project.api_key.reveal(): project.name for project in projects if project.api_key is not None
+        }
+        self._whence = Whence(settings.trusted_proxies)
+        self._origin_of = lru_cache(ORIGINS_KEPT)(self._make_origin)
+        self._bodies = _Room(max(BODIES_BYTES, 2 * settings.max_body))
+        self._unpacking = trio.CapacityLimiter(1)
+        self._stuck: Offered | None = None  # what a client waited for in vain
+        self.requests = 0  # under way
+
+    async def run(self, stop: trio.Event) -> None:
+        """Answer requests until `stop`, and then those that are under way."""
+        await httpd.serve(
+            self._serve,
+            self._listeners,
+            shutdown=stop,
+            grace=PARTING_SECONDS,
+            # As much is read, though not kept, so that the client sees why it is refused.
+            max_body=2 * self._settings.max_body,
+        )
+
+    async def _serve(self, scope: Message, receive: Receive, send: Send) -> None:
+        """One request, as ASGI has it."""
+        answer = await self._answer(scope, receive)
+        headers = [(b"content-type", answer.kind.encode()), (b"content-length", b"%d" % len(answer.text))]
+        if answer.status == 204:
+            headers = []
+        if answer.again:
+            headers.append((b"retry-after", b"1"))
+        if self._settings.cors:
+            headers += _cors(self._settings.cors, scope["method"], dict(scope["headers"]))
+        await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+        await send({"type": "http.response.body", "body": answer.text})
+
+    async def _answer(self, scope: Message, receive: Receive) -> Answer:
+        dialect = DIALECTS.get(scope["path"])
+        if dialect is None:
+            return Answer(200, b"capture") if scope["path"] in HEALTH else Answer(404)
+        if scope["method"] not in dialect.methods:
+            return Answer(405)
+        if scope["method"] == "OPTIONS":
+            return Answer(200, b'{"status":"Ok"}', JSON)
+        if self.requests >= self._settings.max_connections:
+            return dialect.trouble("busy")
+        self.requests += 1
+        try:
+            return await self._take(dialect, scope, receive)
+        finally:
+            self.requests -= 1
+
+    async def _take(self, dialect: Dialect, scope: Message, receive: Receive) -> Answer:
+        """Read a request, put its events, and tell what became of them."""
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        peer = (scope.get("client") or ("",))[0]
+        address = self._whence.address(peer, headers.get("x-forwarded-for", ""))
+        share = _Share(self._bodies)
+        try:
+            body = await self._read(receive, share)
+            if isinstance(body, str):
+                return dialect.trouble(body)
+            query = scope["query_string"].decode("latin-1")
+            now, most = self._clock.now(), self._settings.max_body
+            request = Request(scope["path"], query, headers, body, now, most, is_near(address))
+            posted = await self._unpack(dialect, request)
+            if isinstance(posted, Answer):
+                return posted
+            origin = self._origin_of(posted.key, address, tuple(posted.defaults.items()))
+            if origin is None:
+                return dialect.trouble("unknown_key")
+            refused = await self._put(posted.lines, now, origin) if share.hold(len(posted.lines)) else None
+            return dialect.trouble("busy") if refused is None else dialect.answer(posted, refused)
+        finally:
+            share.hold(0)
+
+    async def _read(self, receive: Receive, share: "_Share") -> bytes | Trouble:
+        """The whole body. What is too much is read and forgotten, so that the client hears of it."""
+        pieces: list[bytes] = []
+        size, more = 0, True
+        with trio.move_on_after(BODY_SECONDS):
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    return "stalled"
+                more = message.get("more_body", False)
+                size += len(message["body"])
+                if size > self._settings.max_body:
+                    pieces.clear()
+                    share.hold(0)
+                elif share.hold(size):
+                    pieces.append(message["body"])
+                else:
+                    return "busy"
+            return "too_large" if size > self._settings.max_body else b"".join(pieces)
+        return "stalled"
+
+    async def _unpack(self, dialect: Dialect, request: Request) -> Posted | Answer:
+        """Its events, without holding the others up."""
+        if len(request.body) <= AT_ONCE_BYTES:
+            found = dialect.read(request._replace(limit=min(request.limit, AT_ONCE_BYTES)))
+            if isinstance(found, Posted) or found.status != 413:
+                return found
+        return await trio.to_thread.run_sync(dialect.read, request, limiter=self._unpacking)
+
+    async def _put(self, lines: bytes, at: Instant, origin: Origin) -> Mapping[int, str] | None:
+        """Which lines the door refused, and why, once the others are in the buffer; None if they are not."""
+        offered: list[Offered] = []
+        with trio.move_on_after(PATIENCE_SECONDS):
+            if self._stuck is not None:  # else each try of an SDK would be one more copy of its events
+                await self._stuck.settled.wait()
+                self._stuck = None
+            for piece in _pieces(lines):
+                await self._putter.room()
+                offered.append(self._putter.offer(Read(piece, at, origin=origin), urgent=True))
+                count = piece.count(b"\n")
+                at = at._replace(wall=at.wall + count, monotonic=at.monotonic + count)
+            refused: dict[int, str] = {}
+            before = 0
+            for part in offered:
+                await part.settled.wait()
+                refused |= {before + line: reason for line, reason in part.outcome.refused}
+                before += part.outcome.lines
+            return refused
+        if offered:
+            self._stuck = offered[-1]
+        return None
+
+    def _make_origin(
+        self, key: str, address: Address | None, told: tuple[tuple[str, str], ...]
+    ) -> Origin | None:
+        """What follows from who sent events; None where their key is not taken."""
+        name = self._names.get(key)
+        if name is None and self._settings.keys == "configured":
+            return None
+        defaults = {property_name: Raw(_encode(text)) for property_name, text in told}
+        if is_near(address):
+            defaults["$geoip_disable"] = Raw(b"true")
+        else:
+            defaults["$ip"] = Raw(_encode(str(address)))
+        return Origin(
+            defaults,
+            project=None if name == self._settings.project else name,
+            key=key if name is None else None,
+        )
+
+
+class _Share:
+    """What one request holds of the room that all have together."""
+
+    def __init__(self, room: "_Room") -> None:
+        self._room = room
+        self._held = 0
+
+    def hold(self, size: int) -> bool:
+        """Hold so many bytes instead; False, and no more than before, where there is no room."""
+        more = size - self._held
+        if more > self._room.left:
+            return False
+        self._room.left -= more
+        self._held = size
+        return True
+
+
+class _Room:
+    """How many bytes of bodies and events may yet be held."""
+
+    def __init__(self, size: int) -> None:
+        self.left = size
+
+
+def _pieces(lines: bytes) -> Iterator[bytes]:
+    """The lines a few at a time."""
+    start = 0
+    while len(lines) - start > PIECE_BYTES:
+        end = lines.rfind(b"\n", start, start + PIECE_BYTES) + 1 or lines.index(b"\n", start) + 1
+        yield lines[start:end]
+        start = end
+    if start < len(lines):
+        yield lines[start:]
+
+
+def _cors(allowed: Sequence[str], method: str, asked: Mapping[bytes, bytes]) -> Iterator[tuple[bytes, bytes]]:
+    """What a browser wants to hear whose page may send events: `router.rs`, `CorsLayer`."""
+    yield b"vary", b"origin, access-control-request-method, access-control-request-headers"
+    origin = asked.get(b"origin", b"")
+    if not origin or not ("*" in allowed or origin.decode("latin-1") in allowed):
+        return
+    yield b"access-control-allow-origin", origin
+    yield b"access-control-allow-credentials", b"true"
+    if method == "OPTIONS":
+        yield b"access-control-allow-methods", b"GET,POST,OPTIONS"
+        if names := asked.get(b"access-control-request-headers"):
+            yield b"access-control-allow-headers", names

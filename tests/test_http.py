@@ -1,0 +1,340 @@
+"""HTTP: what PostHog's SDKs send is in the buffer once they are told so, and hostile clients harm nobody."""
+
+import gzip
+import json
+import socket
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import pytest
+import trio
+from sources import Taken, http, origins, taking
+
+from agent.accept import http as source
+from agent.accept.whence import Whence, is_near
+from agent.buffer import Limits
+
+PATHS = ("/batch", "/capture", "/e", "/i/v0/e", "/track", "/engage")
+V1 = "/i/v1/analytics/events"
+
+
+def event(number: int = 0, **fields: object) -> dict[str, Any]:
+    return {"event": "e", "distinct_id": "d", "properties": {"n": number}, "uuid": str(uuid4()), **fields}
+
+
+def batch(*events: object, key: str = "phc_test") -> bytes:
+    return json.dumps({"api_key": key, "batch": events}).encode()
+
+
+@asynccontextmanager
+async def client(taken: Taken) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(base_url=f"http://{taken.source.address}", timeout=20) as made:
+        yield made
+
+
+async def test_every_endpoint_acknowledges() -> None:
+    """With and without a slash at its end, packed and not: what was answered 200 is in the buffer."""
+    async with taking(http()) as taken, client(taken) as sdk:
+        for path in PATHS:
+            answer = await sdk.post(path, content=batch(event(1)))
+            assert (answer.status_code, answer.json()) == (200, {"status": "Ok"})
+            packed = gzip.compress(batch(event(2)))
+            answer = await sdk.post(path + "/", content=packed, headers={"content-encoding": "gzip"})
+            assert answer.status_code == 200
+            assert taken.buffer.stats().events == taken.total("accepted")
+        one = json.dumps({**event(3), "token": "phc_test"})
+        assert (await sdk.get("/e/", params={"data": one})).status_code == 200
+        assert (await sdk.post("/e/", params={"beacon": "1"}, content=one)).status_code == 204
+        assert len(await taken.events(2 * len(PATHS) + 2)) == taken.total("received")
+
+
+async def test_the_answers_of_posthog() -> None:
+    """Health, what is not there, what is not allowed, and what is wrong."""
+    async with taking(http(max_body=10_000)) as taken, client(taken) as sdk:
+        for path in ("/", "/_readiness", "/_liveness"):
+            assert (await sdk.get(path)).text == "capture"
+        assert (await sdk.get("/nothing")).status_code == 404
+        assert (await sdk.put("/batch/", content=b"{}")).status_code == 405
+        assert (await sdk.get(V1)).status_code == 405
+        for content, status, text in (
+            (b"", 400, "request missing data payload"),
+            (b"{", 400, "failed to parse request: Input data was truncated"),
+            (batch(), 400, "request holds no event"),
+            (batch(event(), key=""), 401, "API key is not valid: empty"),
+            (batch({"event": "", "distinct_id": "d"}), 400, "event submitted with an empty event name"),
+            (b" " * 10_001, 413, "maximum event size exceeded: Request body exceeds the limit"),
+            (gzip.compress(b" " * 10_001), 413, "maximum event size exceeded: Decompressed payload"),
+        ):
+            answer = await sdk.post("/batch/", content=content)
+            assert (answer.status_code, answer.text[: len(text)]) == (status, text)
+        assert taken.total("rejected", "missing_event") == 1
+
+
+async def test_good_events_are_taken_whatever_the_others_are() -> None:
+    """The answer is 200, the bad ones are counted by their reasons, the books balance."""
+    async with taking(http()) as taken, client(taken) as sdk:
+        nan = batch(event(1), event(2)).replace(b'"n": 2', b'"n": NaN')
+        assert (await sdk.post("/batch/", content=nan)).status_code == 200
+        assert (await sdk.post("/batch/", content=batch(event(1), {"event": "e"}))).status_code == 200
+        assert taken.total("received") == 4
+        assert taken.total("accepted") == 2
+        assert (
+            taken.total("rejected", "malformed_json") == taken.total("rejected", "missing_distinct_id") == 1
+        )
+
+
+async def test_v1_tells_of_each_event() -> None:
+    """A result for each uuid, with the headers that PostHog wants."""
+    headers = {
+        "authorization": "Bearer phc_test",
+        "content-type": "application/json",
+        "posthog-sdk-info": "posthog-node/5.0",
+        "posthog-attempt": "1",
+        "posthog-request-id": str(uuid4()),
+        "posthog-request-timestamp": "2026-11-24T12:00:00Z",
+    }
+    good, bad = event(1), event(2, distinct_id=" ")
+    body = json.dumps({"created_at": "2026-11-24T12:00:00Z", "batch": [good, bad]})
+    async with taking(http()) as taken, client(taken) as sdk:
+        told = origins(taken)
+        answer = await sdk.post(V1, content=body, headers=headers)
+        assert (answer.status_code, answer.json()["results"]) == (
+            200,
+            {
+                good["uuid"]: {"result": "ok"},
+                bad["uuid"]: {"result": "drop", "details": "missing_distinct_id"},
+            },
+        )
+        assert told[0] is not None
+        named = {name: json.loads(bytes(raw)) for name, raw in told[0].defaults.items()}
+        assert named == {"$lib": "posthog-node", "$lib_version": "5.0", "$geoip_disable": True}
+        answer = await sdk.post(V1, content=body, headers={**headers, "authorization": "Basic x"})
+        assert (answer.status_code, answer.json()["error"]) == (400, "invalid_header_value")
+
+
+@pytest.mark.parametrize(
+    ("keys", "key", "status", "project", "kept"),
+    [
+        ("any", "phc_test", 200, None, None),
+        ("any", "phc_other", 200, "other one", None),
+        ("any", "phc_strange", 200, None, "phc_strange"),
+        ("configured", "phc_test", 200, None, None),
+        ("configured", "phc_other", 200, "other one", None),
+        ("configured", "phc_strange", 401, None, None),
+    ],
+)
+async def test_keys(keys: Any, key: str, status: int, project: str | None, kept: str | None) -> None:
+    """A configured project's key names the project, another is kept with its events, or refused."""
+    async with taking(http(keys=keys)) as taken, client(taken) as sdk:
+        told = origins(taken)
+        answer = await sdk.post("/batch/", content=batch(event(), key=key))
+        assert answer.status_code == status
+        assert [(origin.project, origin.key) for origin in told if origin] == [(project, kept)] * (
+            status == 200
+        )
+
+
+@pytest.mark.parametrize(
+    ("trusted", "forwarded", "found"),
+    [
+        ((), "8.8.8.8", None),  # anybody can say anything
+        (("127.0.0.0/8",), "8.8.8.8", "8.8.8.8"),
+        (("127.0.0.1",), "1.2.3.4, 8.8.8.8:1234", "8.8.8.8"),
+        (("127.0.0.1", "8.8.8.0/24"), "1.2.3.4, 8.8.8.8", "1.2.3.4"),
+        (("127.0.0.1",), "10.1.2.3", None),
+        (("127.0.0.1",), "[2606:4700::1]:443", "2606:4700::1"),
+    ],
+)
+async def test_a_client_s_address(trusted: Sequence[str], forwarded: str, found: str | None) -> None:
+    """It is told to the door; one that says nothing of a place is not looked up."""
+    async with taking(http(trusted_proxies=tuple(trusted))) as taken, client(taken) as sdk:
+        told = origins(taken)
+        await sdk.post("/batch/", content=batch(event()), headers={"x-forwarded-for": forwarded})
+        assert told[0] is not None
+        named = {name: json.loads(bytes(raw)) for name, raw in told[0].defaults.items()}
+        assert named == ({"$ip": found} if found else {"$geoip_disable": True})
+
+
+def test_addresses() -> None:
+    """Of a chain of proxies the last that is not trusted; of nonsense what came before it."""
+    whence = Whence(["10.0.0.0/8", "::1", "fd00::/8"])
+    for peer, forwarded, found in (
+        ("10.0.0.1", "", "10.0.0.1"),
+        ("10.0.0.1", "nonsense", "10.0.0.1"),
+        ("10.0.0.1", "9.9.9.9, nonsense", "10.0.0.1"),
+        ("10.0.0.1", "9.9.9.9,10.2.2.2 , 10.3.3.3", "9.9.9.9"),
+        ("::ffff:10.0.0.1", "9.9.9.9", "9.9.9.9"),
+        ("::1", "fd00::1%eth0", "fd00::1"),
+        ("9.9.9.9", "8.8.8.8", "9.9.9.9"),
+        ("10.0.0.1", "9.9.9.9," + "10.0.0.1," * 10_000 + "10.0.0.2", "10.0.0.1"),
+    ):
+        assert str(whence.address(peer, forwarded)) == found
+    assert whence.address("", "") is None
+    assert is_near(None)
+
+
+async def test_a_full_buffer_is_a_503(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `Retry-After`; meanwhile no try takes another copy; with room again there is one of each event."""
+    monkeypatch.setattr(source, "PATIENCE_SECONDS", 0.2)
+    async with taking(http(), max_size=16 * 2**20) as taken, client(taken) as sdk:
+        filler = {"event": "e", "distinct_id": "d", "properties": {"t": "".join(map(str, range(100_000)))}}
+        while (answer := await sdk.post("/batch/", content=batch(filler))).status_code == 200:
+            pass
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+        assert answer.text == "transient error, please retry"
+        for _ in range(5):
+            assert (await sdk.post("/batch/", content=batch(event(7)))).status_code == 503
+        while (lease := await taken.buffer.take(Limits(10_000, 2**30), "default")) is not None:
+            await taken.buffer.settle(lease)
+        assert (await sdk.post("/batch/", content=batch(event(7)))).status_code == 200
+        assert [one for one in await taken.events(1) if one["properties"] == {"n": 7}][1:] == []
+
+
+async def test_newest_dropped_is_a_503_too() -> None:
+    """What was shed was not taken, and the SDK may come again."""
+    async with taking(http(), max_size=16 * 2**20, when_full="drop_newest") as taken, client(taken) as sdk:
+        filler = {"event": "e", "distinct_id": "d", "properties": {"t": "".join(map(str, range(100_000)))}}
+        while (answer := await sdk.post("/batch/", content=batch(filler))).status_code == 200:
+            pass
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+        assert taken.total("shed", "full_newest") == 1
+
+
+async def test_a_large_body_is_put_in_pieces() -> None:
+    """Every event of it, in order, while others are served."""
+    events = [event(number, distinct_id=f"d{number}", properties={"n": number}) for number in range(12_000)]
+    async with taking(http()) as taken, client(taken) as sdk:
+        answer = await sdk.post("/batch/", content=gzip.compress(batch(*events, {"event": ""})))
+        assert answer.status_code == 200
+        found = await taken.events(12_000)
+        assert [one["properties"]["n"] for one in found] == list(range(12_000))
+        assert taken.total("rejected", "missing_event") == 1
+
+
+async def send_raw(taken: Taken, text: bytes) -> bytes:
+    """The answer to bytes; the connection is kept open until it has come."""
+    host, _, port = taken.source.address.rpartition(":")
+    async with await trio.open_tcp_stream(host, int(port)) as stream:
+        await stream.send_all(text)
+        answer = b""
+        while b"\r\n\r\n" not in answer and (some := await stream.receive_some(65536)):
+            answer += some
+        return answer
+
+
+async def test_slow_bodies_are_a_408(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that stalls in its body is left after a while, whatever it trickled."""
+    monkeypatch.setattr(source, "BODY_SECONDS", 0.2)
+    async with taking(http()) as taken:
+        answer = await send_raw(taken, b"POST /batch/ HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        assert answer.startswith(b"HTTP/1.1 408")
+
+
+async def test_too_many_requests_are_told_to_come_again() -> None:
+    """Those that are under way stay."""
+    async with taking(http(max_connections=1)) as taken, client(taken) as sdk:
+        host, _, port = taken.source.address.rpartition(":")
+        async with await trio.open_tcp_stream(host, int(port)) as slow:
+            await slow.send_all(b"POST /batch/ HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % 1000)
+            while not taken.source.connections:
+                await trio.sleep(0.005)
+            answer = await sdk.post("/batch/", content=batch(event()))
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+            await slow.send_all(batch(event()).ljust(1000))
+            assert (await slow.receive_some(100)).startswith(b"HTTP/1.1 200")
+        assert (await sdk.post("/batch/", content=batch(event()))).status_code == 200
+
+
+async def test_bodies_share_their_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond it a client is told to come again; what others hold stays."""
+    monkeypatch.setattr(source, "BODIES_BYTES", 100_000)
+    async with taking(http(max_body=50_000)) as taken, client(taken) as sdk:
+        host, _, port = taken.source.address.rpartition(":")
+        async with trio.open_nursery() as nursery:
+            for _ in range(2):
+                stream = await trio.open_tcp_stream(host, int(port))
+                await stream.send_all(
+                    b"POST /batch/ HTTP/1.1\r\nHost: x\r\nContent-Length: 50000\r\n\r\n" + b" " * 45_000
+                )
+            while (answer := await sdk.post("/batch/", content=batch(event()).ljust(20_000))).is_success:
+                await trio.sleep(0.005)
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+            nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"POST /batch/ HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
+        b"POST /batch/ HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"POST /\xff HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n",
+        b"GET /e/?data=%ff&_=\xff HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"\x16\x03\x01\x00\xa5\x01" + bytes(100),
+        b"{}\n\n",
+    ],
+)
+async def test_what_is_no_http_ends_only_itself(text: bytes) -> None:
+    """The next client is served."""
+    async with taking(http()) as taken, client(taken) as sdk:
+        with trio.move_on_after(0.3):
+            await send_raw(taken, text)
+        assert (await sdk.post("/batch/", content=batch(event()))).status_code == 200
+
+
+async def test_a_client_that_leaves_harms_nobody() -> None:
+    """Its events are taken if they were whole, and nothing of it stays."""
+    async with taking(http()) as taken, client(taken) as sdk:
+        host, _, port = taken.source.address.rpartition(":")
+        for body in (batch(event(1)), batch(event(2))[:-5]):
+            with socket.create_connection((host, int(port))) as gone:
+                size = len(batch(event(1)))
+                gone.sendall(b"POST /e HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % size + body)
+        await taken.settled(1)
+        assert (await sdk.post("/batch/", content=batch(event(3)))).status_code == 200
+        while taken.source.connections:
+            await trio.sleep(0.005)
+        assert taken.total("accepted") == 2
+
+
+PREFLIGHT = {"origin": "https://shop.example", "access-control-request-headers": "content-type,x-a"}
+
+
+@pytest.mark.parametrize(
+    ("cors", "allowed"),
+    [((), False), (("https://shop.example",), True), (("https://other.example",), False), (("*",), True)],
+)
+async def test_web_pages_may_send_where_they_are_allowed(cors: tuple[str, ...], allowed: bool) -> None:
+    """As PostHog answers a browser; by default no page of any site may use the visitor's own agent."""
+    async with taking(http(cors=cors)) as taken, client(taken) as browser:
+        for answer in (
+            await browser.options("/e/", headers=PREFLIGHT),
+            await browser.post("/e/", content=batch(event()), headers=PREFLIGHT),
+        ):
+            assert answer.status_code == 200
+            assert answer.headers.get("access-control-allow-origin") == (
+                PREFLIGHT["origin"] if allowed else None
+            )
+            assert ("access-control-allow-credentials" in answer.headers) is allowed
+        preflight = await browser.options("/e/", headers=PREFLIGHT)
+        assert preflight.headers.get("access-control-allow-headers") == (
+            "content-type,x-a" if allowed else None
+        )
+
+
+async def test_a_stop_answers_what_is_under_way() -> None:
+    """A request that came before the stop is taken and answered."""
+    async with taking(http()) as taken:
+        host, _, port = taken.source.address.rpartition(":")
+        async with await trio.open_tcp_stream(host, int(port)) as late:
+            body = batch(event())
+            await late.send_all(b"POST /e HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body))
+            while not taken.source.connections:
+                await trio.sleep(0.005)
+            taken.stop.set()
+            await late.send_all(body)
+            assert (await late.receive_some(100)).startswith(b"HTTP/1.1 200")
+        assert taken.total("accepted") == 1
