@@ -188,6 +188,21 @@ def test_an_event_with_an_address_of_its_own_is_looked_up() -> None:
     assert lines(posted({"api_key": "a", "batch": [mine, EVENT]}, near=True))[1] == EVENT
 
 
+def test_what_needs_nothing_added_is_told() -> None:
+    """Only where each event says itself whether it may be looked up, at the place where that counts."""
+    told = {**EVENT, "properties": {"$geoip_disable": False}}
+    for events, placed in (
+        ([told, told], True),
+        ([told, EVENT], False),
+        ([told, {**EVENT, "properties": {"a": {"$geoip_disable": True}}}], False),
+        ([told, {**EVENT, "$geoip_disable": True}], False),
+        ([told, {"event": "e", "distinct_id": "d"}], False),
+        ([told, {**EVENT, "properties": {"$geoip_disable": None}}], False),
+    ):
+        found = posted({"api_key": "a", "batch": events}, near=True)
+        assert (lines(found), found.placed) == (events, placed)
+
+
 def test_what_is_told_of_the_request() -> None:
     """Whether it is history, and whether it wants an empty answer."""
     found = posted({"api_key": "a", "batch": [EVENT], "historical_migration": True}, query="beacon=1")
@@ -317,7 +332,8 @@ def test_posthog_agrees(events: list[dict[str, Any]], sent: str | None, path: st
     assert not decoded.rejects
     assert len(theirs) == len(ours)
     for their, our in zip(theirs, ours, strict=True):
-        assert (their.event, their.distinct_id) == (our["event"], our["distinct_id"])
+        who = our["distinct_id"].replace("\0", "\ufffd")  # which PostHog does once it has it
+        assert (their.event, their.distinct_id) == (our["event"], who)
         assert abs(their.timestamp - datetime.fromisoformat(our["timestamp"])) < timedelta(milliseconds=1)
         assert "uuid" not in events[ours.index(our)] or their.uuid == our["uuid"]
 

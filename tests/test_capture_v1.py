@@ -159,6 +159,13 @@ def test_a_client_with_another_clock(options: dict[str, object], seconds: float)
     assert datetime.fromisoformat(json.loads(line)["timestamp"]) == NOW + timedelta(seconds=seconds)
 
 
+def test_what_needs_nothing_added_is_told() -> None:
+    """Where each event says itself whether it may be looked up."""
+    told = event(1, properties={"$geoip_disable": True})
+    assert posted(told, near=True).placed
+    assert not posted(told, event(2), near=True).placed
+
+
 def test_one_bad_event_takes_no_other_with_it() -> None:
     """Not even one that is no JSON; each has its result but those without a uuid."""
     good = json.dumps(event(1)).encode()

@@ -16,6 +16,7 @@ from sources import Taken, http, origins, taking
 from agent.accept import http as source
 from agent.accept.whence import Whence, is_near
 from agent.buffer import Limits
+from agent.events import Origin
 
 PATHS = ("/batch", "/capture", "/e", "/i/v0/e", "/track", "/engage")
 V1 = "/i/v1/analytics/events"
@@ -156,6 +157,14 @@ async def test_a_client_s_address(trusted: Sequence[str], forwarded: str, found:
         assert told[0] is not None
         named = {name: json.loads(bytes(raw)) for name, raw in told[0].defaults.items()}
         assert named == ({"$ip": found} if found else {"$geoip_disable": True})
+
+
+async def test_nothing_is_added_where_nothing_is_lacking() -> None:
+    """Events that say themselves whether they may be looked up pass as they came."""
+    async with taking(http()) as taken, client(taken) as sdk:
+        told = origins(taken)
+        await sdk.post("/batch/", content=batch(event(properties={"$geoip_disable": False})))
+        assert told == [Origin()]
 
 
 def test_addresses() -> None:

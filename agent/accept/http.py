@@ -142,7 +142,9 @@ class HttpSource:
             posted = await self._unpack(dialect, request)
             if isinstance(posted, Answer):
                 return posted
-            origin = self._origin_of(posted.key, address, tuple(posted.defaults.items()))
+            origin = self._origin_of(
+                posted.key, address, tuple(posted.defaults.items()), placed=posted.placed
+            )
             if origin is None:
                 return dialect.trouble("unknown_key")
             refused = await self._put(posted.lines, now, origin) if share.hold(len(posted.lines)) else None
@@ -203,17 +205,17 @@ class HttpSource:
         return None
 
     def _make_origin(
-        self, key: str, address: Address | None, told: tuple[tuple[str, str], ...]
+        self, key: str, address: Address | None, told: tuple[tuple[str, str], ...], *, placed: bool
     ) -> Origin | None:
         """What follows from who sent events; None where their key is not taken."""
         name = self._names.get(key)
         if name is None and self._settings.keys == "configured":
             return None
         defaults = {property_name: Raw(_encode(text)) for property_name, text in told}
-        if is_near(address):
-            defaults["$geoip_disable"] = Raw(b"true")
-        else:
+        if not is_near(address):
             defaults["$ip"] = Raw(_encode(str(address)))
+        elif not placed:
+            defaults["$geoip_disable"] = Raw(b"true")
         return Origin(
             defaults,
             project=None if name == self._settings.project else name,

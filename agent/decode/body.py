@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 
+import msgspec
 from msgspec import Raw
 
 KEY_BYTES = 64  # `token.rs`
@@ -17,6 +18,12 @@ _MICROSECOND = timedelta(microseconds=1)
 _WHITESPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
     map(chr, range(0x2000, 0x200B))
 )
+
+
+class Placed(msgspec.Struct, gc=False):
+    """Properties that say whether the place of their event may be looked up."""
+
+    geoip_disable: bool = msgspec.field(name="$geoip_disable")
 
 
 def trimmed(key: str) -> str:

@@ -7,12 +7,13 @@ an event, the door says of that event alone. Ordinary events pass as the bytes t
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
-from agent.decode.body import MOST_VALUES, ahead_of, crowded, joined, trimmed, wrong_key
+from agent.decode.body import MOST_VALUES, Placed, ahead_of, crowded, joined, trimmed, wrong_key
 from agent.decode.mend import Manner, mend
 from agent.decode.request import JSON, WANTED, Answer, Posted, Request, Trouble
 from agent.decode.shards import shatter
@@ -50,7 +51,7 @@ class _Root(msgspec.Struct):
     historical_migration: Raw = Raw(b"null")
 
 
-class _Ordinary(msgspec.Struct, gc=False):
+class _Ordinary(msgspec.Struct, kw_only=True, gc=False):
     """The root of an event that the door understands as it is: it has the one, and none of the others."""
 
     distinct_id: str | int | float
@@ -62,9 +63,20 @@ class _OrdinaryBatch(msgspec.Struct):
     batch: list[_Ordinary]
 
 
+class _Settled(_Ordinary, kw_only=True, gc=False):
+    """An ordinary event to whose properties nothing needs to be added."""
+
+    properties: Placed
+
+
+class _SettledBatch(msgspec.Struct):
+    batch: list[_Settled]
+
+
 _root = msgspec.json.Decoder(_Root).decode
 _array = msgspec.json.Decoder(list[Raw]).decode
 _ordinary = msgspec.json.Decoder(_OrdinaryBatch).decode
+_settled = msgspec.json.Decoder(_SettledBatch).decode
 _text = msgspec.json.Decoder(str).decode
 
 
@@ -103,7 +115,10 @@ def read_request(request: Request) -> Posted | Answer:
     key = _first_text(root.api_key, root.token)
     ahead = _ahead(root, unpacked.query.get("_"), request.at.wall)
     manner = Manner(request.at.wall, ahead, request.near, request.path.removesuffix("/") == "/engage")
-    if key is not None and root.batch is not UNSET and _is_plain(text, manner):
+    plain = placed = False
+    if key is not None and root.batch is not UNSET:
+        plain, placed = _look(text, manner)
+    if plain:
         lines = joined(text, events)
     else:
         mended = [mend(raw, manner) for raw in events]
@@ -124,6 +139,7 @@ def read_request(request: Request) -> Posted | Answer:
         len(events),
         historical=bytes(root.historical_migration) == b"true",
         beacon=unpacked.query.get("beacon") == "1",
+        placed=placed,
     )
 
 
@@ -153,15 +169,18 @@ def _part_broken(text: bytes) -> tuple[_Root, Sequence[Raw]] | None:
     return root, [Raw(event) for event in shards.events]
 
 
-def _is_plain(text: bytes, manner: Manner) -> bool:
-    """Whether all events of a batch are ordinary, and none has a property that matters here."""
-    if manner.ahead or manner.engage or (manner.near and b"$ip" in text):
-        return False
-    try:
+def _look(text: bytes, manner: Manner) -> tuple[bool, bool]:
+    """Whether all events of a batch are ordinary, and whether they are `placed` besides."""
+    if manner.ahead or manner.engage or (manner.near and b'"$ip"' in text):
+        return False, False
+    if manner.near and b'"$geoip_disable"' in text:
+        with suppress(*DECODE_ERRORS):
+            _settled(text)
+            return True, True
+    with suppress(*DECODE_ERRORS):
         _ordinary(text)
-    except DECODE_ERRORS:
-        return False
-    return True
+        return True, False
+    return False, False
 
 
 def _first_text(*values: Raw) -> str | None:

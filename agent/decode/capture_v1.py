@@ -11,7 +11,7 @@ from contextlib import suppress
 import msgspec
 from msgspec import Raw
 
-from agent.decode.body import MOST_VALUES, ahead_of, crowded, joined, trimmed, wrong_key
+from agent.decode.body import MOST_VALUES, Placed, ahead_of, crowded, joined, trimmed, wrong_key
 from agent.decode.mend import Manner, mend
 from agent.decode.request import JSON, WANTED, Answer, Posted, Request, Trouble
 from agent.decode.shards import shatter
@@ -46,7 +46,7 @@ class _Root(msgspec.Struct):
     historical_migration: Raw = Raw(b"null")
 
 
-class _Ordinary(msgspec.Struct, gc=False):
+class _Ordinary(msgspec.Struct, kw_only=True, gc=False):
     """An event that the door understands as it is; its uuid tells it apart."""
 
     distinct_id: str
@@ -62,8 +62,19 @@ class _OrdinaryBatch(msgspec.Struct):
     batch: list[_Ordinary]
 
 
+class _Settled(_Ordinary, kw_only=True, gc=False):
+    """An ordinary event to whose properties nothing needs to be added but the SDK's name."""
+
+    properties: Placed
+
+
+class _SettledBatch(msgspec.Struct):
+    batch: list[_Settled]
+
+
 _root = msgspec.json.Decoder(_Root).decode
 _ordinary = msgspec.json.Decoder(_OrdinaryBatch).decode
+_settled = msgspec.json.Decoder(_SettledBatch).decode
 _encode = msgspec.json.Encoder().encode
 
 
@@ -100,7 +111,8 @@ def read_request(request: Request) -> Posted | Answer:
     ahead = ahead_of(request.headers["posthog-request-timestamp"], request.at.wall)
     if ahead is None:
         return error(400, "invalid_header_value", "PostHog-Request-Timestamp is not valid RFC 3339")
-    lines, uuids = _read(text, root.batch, Manner(request.at.wall, ahead, request.near, options=True))
+    manner = Manner(request.at.wall, ahead, request.near, options=True)
+    lines, uuids, placed = _read(text, root.batch, manner)
     return Posted(
         trimmed(request.headers["authorization"][7:]),
         lines,
@@ -108,6 +120,7 @@ def read_request(request: Request) -> Posted | Answer:
         defaults=_library(request.headers["posthog-sdk-info"]),
         uuids=uuids,
         historical=bytes(root.historical_migration) == b"true",
+        placed=placed,
     )
 
 
@@ -200,13 +213,16 @@ def _part_broken(text: bytes) -> _Root | None:
     return root
 
 
-def _read(text: bytes, events: list[Raw], manner: Manner) -> tuple[bytes, Sequence[str]]:
-    """The events as lines, and their uuids."""
-    if not manner.ahead and not (manner.near and b"$ip" in text):
+def _read(text: bytes, events: list[Raw], manner: Manner) -> tuple[bytes, Sequence[str], bool]:
+    """The events as lines, their uuids, and whether they are `placed`."""
+    if not manner.ahead and not (manner.near and b'"$ip"' in text):
+        if manner.near and b'"$geoip_disable"' in text:
+            with suppress(*DECODE_ERRORS):
+                return joined(text, events), [event.uuid for event in _settled(text).batch], True
         with suppress(*DECODE_ERRORS):
-            return joined(text, events), [event.uuid for event in _ordinary(text).batch]
+            return joined(text, events), [event.uuid for event in _ordinary(text).batch], False
     mended = [mend(raw, manner) for raw in events]
-    return joined(text, [event.line for event in mended]), [event.uuid for event in mended]
+    return joined(text, [event.line for event in mended]), [event.uuid for event in mended], False
 
 
 def _library(told: str) -> Mapping[str, str]:

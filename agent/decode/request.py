@@ -46,7 +46,7 @@ class Posted(NamedTuple):
     `key` is the project's that the SDK names. `defaults` are properties for events that have none of that
     name. `uuids` has one text for each event where the answer tells them apart (v1), empty where an event
     has none. `historical` says that the SDK asks for PostHog's pipeline for old events, `beacon` that it
-    wants an answer without a body.
+    wants an answer without a body, `placed` that each event says itself whether its place may be looked up.
     """
 
     key: str
@@ -56,3 +56,4 @@ class Posted(NamedTuple):
     uuids: Sequence[str] = ()
     historical: bool = False
     beacon: bool = False
+    placed: bool = False
