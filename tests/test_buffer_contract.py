@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 import trio
+import trio.testing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -28,6 +29,7 @@ from agent.buffer import (
     leased,
     newly_dropped,
 )
+from agent.buffer.lanes import MOST_LANES
 from agent.buffer.memory import open_memory
 from agent.buffer.sqlite import open_sqlite
 from agent.events import Burial, Chunk, Tally
@@ -486,6 +488,188 @@ async def test_ready_waits_for_company_or_the_linger(opened: Opener) -> None:
         assert waited.cancelled_caught
 
 
+# --- keys that clients sent ----------------------------------------------------------------------
+
+
+async def test_keys_can_be_passed_over(opened: Opener) -> None:
+    """Whose events are held are not leased, the project's own no more than others; nobody else waits."""
+    async with opened() as buffer:
+        await put(buffer, chunk(1), chunk(2, key="a"), chunk(3, key="b"))
+        assert crcs(await buffer.take(ALL, "default", {None, "a"})) == [3]
+        assert await buffer.take(ALL, "default", {None, "a"}) is None
+        assert crcs(await buffer.take(ALL, "default", {"a"})) == [1]
+        assert crcs(await take(buffer)) == [2]
+
+
+async def test_every_other_turn_is_the_projects_own(opened: Opener) -> None:
+    """However many keys clients sent, half of the leases are of the configured one, while it has events."""
+    async with opened() as buffer:
+        await put(buffer, *[chunk(n, key=f"k{n % 5}") for n in range(10)], *[chunk(20 + n) for n in range(5)])
+        one = Limits(1, 2**40)
+        keys = [(await take(buffer, one)).key for _ in range(11)]
+        assert keys[1::2] == [None] * 5
+        assert sorted(map(str, keys[0::2])) == ["k0", "k0", "k1", "k2", "k3", "k4"]
+
+
+async def test_ready_does_not_count_keys_that_are_passed_over(opened: Opener) -> None:
+    """Whoever waits sleeps while only those have events, and wakes for the first of any other."""
+    async with opened() as buffer:
+        await put(buffer, chunk(1, 5000, key="a"), chunk(2, 10))
+        held = {"a", None}
+        with trio.move_on_after(0.1) as waited:
+            await buffer.ready("default", 1, 0, held)
+        assert waited.cancelled_caught
+        async with trio.open_nursery() as nursery:
+            woken = trio.Event()
+
+            async def wait() -> None:
+                await buffer.ready("default", 1, 0, held)
+                woken.set()
+
+            nursery.start_soon(wait)
+            await put(buffer, chunk(3, key="a"))
+            await put(buffer, chunk(4))
+            await trio.testing.wait_all_tasks_blocked()
+            assert not woken.is_set()
+            await put(buffer, chunk(5, key="b"))
+            await woken.wait()
+        with trio.move_on_after(0.1) as waited:
+            await buffer.ready("default", 1000, 3600, {"a"})
+        assert waited.cancelled_caught  # a linger is not cut short by what is held
+        await buffer.ready("default", 20, 3600, {"a"})
+
+
+async def test_what_comes_back_wakes_whoever_waits(opened: Opener) -> None:
+    """Also where the lease was of a key that clients sent."""
+    async with opened() as buffer:
+        await put(buffer, chunk(1, key="a"))
+        lease = await take(buffer)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(buffer.ready, "default", 1, 0)
+            await trio.testing.wait_all_tasks_blocked()
+            await buffer.release(lease)
+
+
+async def test_their_events_stand_in_the_books_as_other(opened: Opener) -> None:
+    """No key is a label; what is dead keeps its project and key, and goes the same way when replayed."""
+    async with opened() as buffer:
+        await put(buffer, chunk(1, key="phc_x"), chunk(2))
+        lease = await take(buffer)
+        if lease.key is None:
+            lease, own = await take(buffer), lease
+        else:
+            own = await take(buffer)
+        await buffer.settle(own)
+        await buffer.settle(lease, [dead(key="phc_x"), dead(key="phc_x")], damaged=1, warned=3)
+        assert total(buffer, "delivered", label="default") == 10
+        assert total(buffer, "delivered", label="other") == 7
+        assert total(buffer, "warned", label="other") == 3
+        assert total(buffer, "dead", "rejected", "other") == 2
+        assert not any("phc" in str(entry) for entry in buffer.books())
+        first, second = await buffer.letters(0, 10)
+        assert (first.project, first.key) == ("default", "phc_x")
+        await buffer.replay([first.id])
+        await buffer.purge([second.id])
+        assert total(buffer, "replayed", label="other") == total(buffer, "purged", label="other") == 1
+        again = await take(buffer)
+        assert (again.project, again.key) == ("default", "phc_x")
+        assert_balanced(buffer)
+
+
+MANY = MOST_LANES + 100
+
+
+async def test_each_of_very_many_keys_has_its_turn(opened: Opener) -> None:
+    """More than are known at a time: each is leased and given back, and then delivered; none is forgotten."""
+    async with opened(durability="normal") as buffer:
+        await put(buffer, *[chunk(n, 1, key=f"k{n:05}") for n in range(MANY)])
+        assert buffer.stats().unleased == {"default": MANY}
+        seen: set[str | None] = set()
+        while buffer.stats().events:
+            await buffer.ready("default", 1, 0)
+            lease = await take(buffer)
+            if lease.key in seen:
+                await buffer.settle(lease)
+            else:
+                seen.add(lease.key)
+                await buffer.release(lease)
+        assert len(seen) == MANY
+        assert buffer.stats().unleased == {}
+        assert total(buffer, "delivered", label="other") == MANY
+        assert_balanced(buffer)
+
+
+async def test_a_key_that_works_does_not_wait_for_a_crowd(opened: Opener) -> None:
+    """What it sends is leased at once, though more keys wait than are known."""
+    async with opened(durability="normal") as buffer:
+        await put(buffer, chunk(0, key="works"))
+        await buffer.settle(await take(buffer))
+        strangers = {f"k{n:05}" for n in range(MANY)}
+        await put(buffer, *[chunk(n, 1, key=key) for n, key in enumerate(sorted(strangers))])
+        await put(buffer, chunk(MANY, key="works"))
+        await buffer.ready("default", 1, 0, strangers)
+        assert crcs(await buffer.take(ALL, "default", strangers)) == [MANY]
+
+
+@pytest.mark.parametrize("many", [10, MANY])
+async def test_age_takes_events_of_any_key(opened: Opener, many: int) -> None:
+    """Those that are held, or wait in a crowd, no less than others."""
+    async with opened(durability="normal", max_age=60.0) as buffer:
+        old = time.time_ns() // 1000 - 61_000_000
+        await put(buffer, *[chunk(n, 1, key=f"k{n}", received_at=old) for n in range(many)])
+        for number in range(4):  # each commit sheds up to a thousand
+            await put(buffer, chunk(number, key="young"))
+        await put(buffer, chunk(5))
+        assert total(buffer, "shed", "expired", "other") == many
+        assert buffer.stats().unleased == {"default": 50}
+        assert crcs(await take(buffer)) == [0, 1, 2, 3]
+        assert_balanced(buffer)
+
+
+async def test_a_full_buffer_drops_the_oldest_of_any_key(opened: Opener) -> None:
+    """A key that is held for long fills it with what it alone loses."""
+    async with opened(max_size=FULL, when_full="drop_oldest") as buffer:
+        await put(buffer, *[chunk(n, size=LARGE, key=f"k{n % 2}") for n in range(4)])
+        for number in range(4, 80):
+            assert await put(buffer, chunk(number, size=LARGE)) == 10
+        assert await buffer.take(ALL, "default", {None}) is None
+        assert total(buffer, "shed", "full_oldest", "other") == 40
+        assert_balanced(buffer)
+
+
+# --- leases that end twice -------------------------------------------------------------------------
+
+
+async def test_a_settled_lease_gives_nothing_back(opened: Opener) -> None:
+    """What it kept may be another's before its block is left, and stays that one's."""
+    async with opened() as buffer:
+        await put(buffer, chunk(1), chunk(2))
+        async with leased(buffer, await take(buffer)) as lease:
+            await buffer.settle(lease, rest=lease.chunks[:1])
+            other = await take(buffer)
+            assert crcs(other) == [1]
+        assert await buffer.take(ALL, "default") is None
+        assert buffer.stats().unleased == {}
+        await buffer.settle(other)
+        assert buffer.stats().events == 0
+        assert_balanced(buffer)
+
+
+async def test_what_came_back_is_leased_though_what_lay_behind_it_is_gone(opened: Opener) -> None:
+    """It waits for what was there when it came back, but not for what has been shed since."""
+    async with opened(max_age=60.0) as buffer:
+        too_old = time.time_ns() // 1000 + 1_000_000
+        await put(buffer, chunk(1, key="a"), chunk(2, key="a", received_at=too_old - 60_000_000))
+        lease = await take(buffer, Limits(1, 1))
+        assert crcs(lease) == [1]
+        while total(buffer, "shed", "expired", "other") < 10:
+            assert await buffer.take(ALL, "unknown") is None
+            await trio.sleep(0.05)
+        await buffer.release(lease)
+        await buffer.ready("default", 1, 0)
+        assert crcs(await take(buffer)) == [1]
+
+
 class Model:
     """What a buffer should hold, as plain lists."""
 
@@ -495,6 +679,9 @@ class Model:
         self.received = self.delivered = self.dead = 0
 
 
+WITHOUT: Sequence[frozenset[str | None]] = (
+    frozenset(), frozenset({"a"}), frozenset({None}), frozenset({None, "b"})
+)  # fmt: skip
 STEPS = st.lists(
     st.tuples(
         st.sampled_from(["put", "put", "put", "take", "take", "settle", "rest", "bury", "release", "reopen"]),
@@ -536,14 +723,20 @@ async def _tell(opened: Opener, steps: Sequence[tuple[str, int]]) -> None:
 
 async def _step(buffer: Buffer, model: Model, step: str, number: int, amount: int) -> None:
     if step == "put":
-        chunks = [chunk(number * 100 + n, events=amount) for n in range(1 + amount % 3)]
+        keys = (None, "a", "b")
+        chunks = [
+            chunk(number * 100 + n, events=amount, key=keys[(amount + n) % 3]) for n in range(1 + amount % 3)
+        ]
         await put(buffer, *chunks)
         model.waiting.extend(chunks)
         model.received += sum(one.events for one in chunks)
     elif step == "take":
-        lease = await buffer.take(Limits(amount * 3, 2**40), "default")
-        assert (lease is None) == (not model.waiting)
+        without = WITHOUT[amount % len(WITHOUT)]
+        lease = await buffer.take(Limits(amount * 3, 2**40), "default", without)
+        assert (lease is None) == all(one.key in without for one in model.waiting)
         if lease is not None:
+            assert {lease.key} == {one.key for one in lease.chunks}
+            assert lease.key not in without
             for one in lease.chunks:
                 model.waiting.remove(one)
             model.leases.append(lease)
@@ -554,7 +747,7 @@ async def _step(buffer: Buffer, model: Model, step: str, number: int, amount: in
             model.waiting.extend(lease.chunks)
             return
         rest = lease.chunks[1:] if step == "rest" else ()
-        buried = [dead()] if step == "bury" else []
+        buried = [dead(key=lease.key)] if step == "bury" else []
         await buffer.settle(lease, buried, rest)
         model.waiting.extend(rest)
         model.dead += len(buried)
@@ -565,6 +758,7 @@ async def _step(buffer: Buffer, model: Model, step: str, number: int, amount: in
 def _agree(buffer: Buffer, model: Model) -> None:
     held = [*model.waiting, *(one for lease in model.leases for one in lease.chunks)]
     assert buffer.stats().events == sum(one.events for one in held)
+    assert sum(buffer.stats().unleased.values()) == sum(one.events for one in model.waiting)
     assert total(buffer, "received") == model.received
     assert total(buffer, "delivered") == model.delivered
     assert total(buffer, "dead", "rejected") == model.dead

@@ -13,9 +13,6 @@ Lane = tuple[str, str | None]
 # Of each project; one takes 0.5 KB, and to look through all of them takes 0.1 ms. No host's programs report
 # to so many projects.
 MOST_LANES = 1024
-# Keys of which something was settled last. They never go to the crowd, so that a key that works does not wait
-# behind those that somebody makes up. Half of the lanes, so that the others are left to the crowd.
-MOST_WORKED = MOST_LANES // 2
 
 
 class Queue:
@@ -61,9 +58,15 @@ class Stranger(NamedTuple):
 
 
 class _Project:
-    """The lanes of one project by key, in the order of their turns; and what its crowd has."""
+    """The lanes of one project by key, in the order of their turns; and what its crowd has.
 
-    def __init__(self) -> None:
+    `worked` is keys of which something was settled lately. They never go to the crowd, so that a key that
+    works does not wait behind those that somebody makes up. At most half as many as there are lanes: so the
+    others are left to the crowd.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
         self.queues: dict[str | None, Queue] = {}
         self.worked: dict[str, None] = {}
         self.crowd = 0  # chunks
@@ -73,18 +76,32 @@ class _Project:
     @property
     def has_place(self) -> bool:
         """Whether one more key may have a lane."""
-        return len(self.queues) - (None in self.queues) < MOST_LANES
+        return len(self.queues) - (None in self.queues) < self._most
 
     def admits(self, key: str | None) -> bool:
         """Whether a key without a lane may have one now: only where it has nothing in the crowd."""
         return key is None or key in self.worked or (not self.crowd and self.has_place)
 
-    def work(self, key: str) -> None:
-        """Events of this key were settled."""
+    def work(self, key: str) -> str | None:
+        """Events of this key were settled; the key that therefore no longer counts as one that worked."""
         self.worked.pop(key, None)
         self.worked[key] = None
-        if len(self.worked) > MOST_WORKED:
-            del self.worked[next(iter(self.worked))]
+        if len(self.worked) <= self._most // 2:
+            return None
+        oldest = next(iter(self.worked))
+        del self.worked[oldest]
+        return oldest
+
+    def join_crowd(self, key: str | None) -> bool:
+        """Whether this key, which is not about to be asked, gave its lane to those that have none."""
+        queue = self.queues.get(key)
+        if queue is None or queue.leased or key is None or key in self.worked:
+            return False
+        if not self.crowd and len(self.queues) - (None in self.queues) <= self._most:
+            return False
+        del self.queues[key]
+        self.crowd += queue.chunks
+        return True
 
 
 class Lanes:
@@ -94,7 +111,8 @@ class Lanes:
     events wait in lanes whose number changed; who shows it empties it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = MOST_LANES) -> None:
+        self._most = most
         self.leased: set[int] = set()
         self.changed: dict[Lane, int] = {}
         self._projects: dict[str, _Project] = {}
@@ -107,7 +125,7 @@ class Lanes:
     def add(self, lane: Lane, chunks: int, newest: int, events: int) -> None:
         """Chunks are in the buffer, all of one lane; the newest has this id."""
         name, key = lane
-        project = self._projects.setdefault(name, _Project())
+        project = self._projects.setdefault(name, _Project(self._most))
         queue = project.queues.get(key)
         if queue is None:
             if not project.admits(key):
@@ -152,9 +170,7 @@ class Lanes:
         queue.leased -= len(again)
         queue.returned.update(dict.fromkeys(again, queue.newest))
         self._wait(lane, queue, events)
-        if project.crowd and not queue.leased and key is not None and key not in project.worked:
-            del project.queues[key]
-            project.crowd += queue.chunks
+        if project.join_crowd(key):
             self.changed[lane] = 0
 
     def forget(self, lane: Lane, chunks: Iterable[int]) -> None:
@@ -165,8 +181,8 @@ class Lanes:
         self.leased -= done
         queue.leased -= len(done)
         queue.chunks -= len(done)
-        if key is not None and done:
-            project.work(key)
+        if key is not None and done and (oldest := project.work(key)) and project.join_crowd(oldest):
+            self.changed[lane[0], oldest] = 0
         self._tidy(lane, queue)
 
     def drop(self, lane: Lane, chunk: int, events: int) -> None:

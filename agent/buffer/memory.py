@@ -121,10 +121,11 @@ class MemoryBuffer:
             return
         oldest = time.time_ns() // 1000 - self._max_age
         for ident, chunk in list(self._chunks.items()):
+            if ident in self._lanes.leased:
+                continue
             if chunk.received_at >= oldest:
                 break
-            if ident not in self._lanes.leased:
-                self._shed(ident, "expired")
+            self._shed(ident, "expired")
 
     def _shed(self, ident: int, why: str) -> None:
         chunk = self._remove(ident)
