@@ -200,6 +200,11 @@ class Http(Common, frozen=True, kw_only=True, tag_field="kind", tag="http"):
     trusted_proxies: tuple[str, ...] = ()
     # Origins of the web pages that may send events, or "*". None: this host's programs are no browsers.
     cors: tuple[str, ...] = ()
+    # How long PostHog has to answer a flag call: its SDKs wait 3 s. While it is away the last good reply
+    # stands in, as long as a day and from as much memory; 0 remembers none.
+    flags_timeout: Duration = 2.0
+    flags_max_age: Duration = 86400.0
+    flags_cache: Size = 16 * MIB
 
 
 Source = UnixStream | UnixDatagram | Udp | Tcp | Http

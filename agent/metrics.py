@@ -46,6 +46,7 @@ class Pulled(NamedTuple):
     projects: Sequence[str]
     drops_known: Callable[[], Iterable[str]]
     turned_away: Callable[[], Mapping[str, int]]
+    flag_calls: Callable[[], Mapping[str, Mapping[str, int]]]
     books: Callable[[], Books]
     stats: Callable[[], Stats]
     deliveries: Callable[[], Iterable[DeliveryFacts]]
@@ -127,6 +128,12 @@ class _Pulling(Collector):
         family = CounterMetricFamily(PREFIX + "connections_turned_away", text, labels=["source"])
         for source, count in self._pulled.turned_away().items():
             family.add_metric([source], count)
+        yield family
+        text = "Flag calls of SDKs since the start: passed on to PostHog, or answered while it was away"
+        family = CounterMetricFamily(PREFIX + "flag_calls", text, labels=["source", "answer"])
+        for source, calls in self._pulled.flag_calls().items():
+            for answer, count in calls.items():
+                family.add_metric([source, answer], count)
         yield family
 
     def _of_projects(self, books: Books) -> Iterator[Metric]:

@@ -87,6 +87,11 @@ class Outside:
                     for source in self._sources
                     if source.turned_away is not None
                 },
+                flag_calls=lambda: {
+                    source.settings.name: source.flag_calls
+                    for source in self._sources
+                    if source.flag_calls is not None
+                },
                 books=self._buffer.books,
                 stats=self._buffer.stats,
                 deliveries=self._facts,

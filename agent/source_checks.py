@@ -107,6 +107,9 @@ def _of_socket(source: Source) -> Iterator[Wrong]:
 
 def _of_http(source: Http) -> Iterator[Wrong]:
     yield from between("max_body", source.max_body, KIB, LARGEST_BODY, size=True)
+    yield from between("flags_timeout", source.flags_timeout, 0.05, 60, seconds=True)
+    yield from between("flags_max_age", source.flags_max_age, 0, 365 * 86400, seconds=True)
+    yield from between("flags_cache", source.flags_cache, 0, GIB, size=True)
     if source.format != "json":
         yield "format", "is not for http, which takes what PostHog's SDKs send"
     for network in source.trusted_proxies:

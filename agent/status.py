@@ -97,6 +97,7 @@ def _source(source: Source, books: Books) -> Document:
         "restamped": _total(books, "restamped", name),
         "connections": source.connections,
         "turned_away": source.turned_away,
+        "flag_calls": source.flag_calls,
         "receive_buffer": source.granted,
         "dropped": _total(books, "dropped", name) if source.drops_known else None,
     }

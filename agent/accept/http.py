@@ -5,8 +5,9 @@ good events are taken whatever is wrong with others of their request, and a full
 SDKs come again. The events of a client that left before its answer may have been taken.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from socket import socket
 from typing import NamedTuple
 
@@ -15,6 +16,8 @@ import trio
 from msgspec import Raw
 
 from agent import httpd
+from agent.accept.flags import PATHS as FLAG_PATHS
+from agent.accept.flags import FlagCalls
 from agent.accept.putter import Offered, Putter
 from agent.accept.whence import Address, Whence, is_near
 from agent.clock import Clock
@@ -59,6 +62,7 @@ DIALECTS = {
     for end in ("", "/")
 }
 HEALTH = ("/", "/_readiness", "/_liveness")
+FLAGS = frozenset(path + end for path in FLAG_PATHS for end in ("", "/"))
 
 
 class HttpSource:
@@ -84,21 +88,34 @@ class HttpSource:
         self._bodies = _Room(max(BODIES_BYTES, 2 * settings.max_body))
         self._unpacking = trio.CapacityLimiter(1)
         self._stuck: Offered | None = None  # what a client waited for in vain
+        self._project = next(project for project in projects if project.name == settings.project)
         self.requests = 0  # under way
+        self.flag_calls: Counter[str] = Counter()
 
     async def run(self, stop: trio.Event) -> None:
         """Answer requests until `stop`, and then those that are under way."""
-        await httpd.serve(
-            self._serve,
-            self._listeners,
-            shutdown=stop,
-            grace=PARTING_SECONDS,
-            # As much is read, though not kept, so that the client sees why it is refused.
-            max_body=2 * self._settings.max_body,
-        )
+        async with FlagCalls(
+            self._project,
+            self._settings,
+            client_of=lambda scope: str(self._address(scope) or ""),
+            origins=self._settings.cors,
+            now=lambda: self._clock.now().monotonic / 1_000_000,
+            count=lambda answered: self.flag_calls.update((answered,)),
+        ) as flags:
+            await httpd.serve(
+                partial(self._serve, flags),
+                self._listeners,
+                shutdown=stop,
+                grace=PARTING_SECONDS,
+                # As much is read, though not kept, so that the client sees why it is refused.
+                max_body=2 * self._settings.max_body,
+            )
 
-    async def _serve(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def _serve(self, flags: httpd.App, scope: Message, receive: Receive, send: Send) -> None:
         """One request, as ASGI has it."""
+        if scope["path"] in FLAGS:
+            await flags(scope, receive, send)
+            return
         answer = await self._answer(scope, receive)
         headers = [(b"content-type", answer.kind.encode()), (b"content-length", b"%d" % len(answer.text))]
         if answer.status == 204:
@@ -129,8 +146,7 @@ class HttpSource:
     async def _take(self, dialect: Dialect, scope: Message, receive: Receive) -> Answer:
         """Read a request, put its events, and tell what became of them."""
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        peer = (scope.get("client") or ("",))[0]
-        address = self._whence.address(peer, headers.get("x-forwarded-for", ""))
+        address = self._address(scope)
         share = _Share(self._bodies)
         try:
             body = await self._read(receive, share)
@@ -151,6 +167,12 @@ class HttpSource:
             return dialect.trouble("busy") if refused is None else dialect.answer(posted, refused)
         finally:
             share.hold(0)
+
+    def _address(self, scope: Message) -> Address | None:
+        """The client's own."""
+        peer = (scope.get("client") or ("",))[0]
+        told = [value.decode("latin-1") for name, value in scope["headers"] if name == b"x-forwarded-for"]
+        return self._whence.address(peer, ",".join(told))
 
     async def _read(self, receive: Receive, share: "_Share") -> bytes | Trouble:
         """The whole body. What is too much is read and forgotten, so that the client hears of it."""

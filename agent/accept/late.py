@@ -1,7 +1,7 @@
 """Has an HTTP source wait for its server, which takes longer to load than others' clients should wait."""
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,10 @@ from agent.config import Http, Project
 
 if TYPE_CHECKING:
     from agent.accept.http import HttpSource
+
+
+# As `flags.Answered` has them.
+ANSWERS = ("passed", "stale", "unavailable", "refused")
 
 
 class LateHttp:
@@ -33,6 +37,14 @@ class LateHttp:
     def requests(self) -> int:
         """How many are under way."""
         return self._source.requests if self._source is not None else 0
+
+    @property
+    def flag_calls(self) -> Mapping[str, int]:
+        """How many flag calls were answered, by how."""
+        calls = {str(answer): 0 for answer in ANSWERS}
+        if self._source is not None:
+            calls.update(self._source.flag_calls)
+        return calls
 
     async def run(self, stop: trio.Event) -> None:
         """See `HttpSource.run`."""

@@ -2,7 +2,7 @@
 
 import socket
 import ssl
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from math import inf
@@ -108,6 +108,11 @@ class Source:
         """How many connections of users who may not send here were closed; None where users are not known."""
         counts = [one.turned_away for one in self._readings if isinstance(one, StreamSource)]
         return sum(counts) if counts else None
+
+    @property
+    def flag_calls(self) -> Mapping[str, int] | None:
+        """How many flag calls of SDKs were answered, by how; None but for http."""
+        return next((one.flag_calls for one in self._readings if isinstance(one, LateHttp)), None)
 
     @property
     def drops_known(self) -> bool:
