@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.decode import syslog_data, syslog_line
+from agent.decode import syslog_data, syslog_devices, syslog_line
+from agent.decode.lines import Lines
 from agent.decode.syslog import Syslog
 from agent.decode.syslog_time import Times
 from agent.envelope import Envelope, Flaws, Stamp, complete
@@ -111,6 +112,18 @@ SD_READ = {"exampleSDID@32473": {"iut": "3", "eventSource": "Application", "even
         ("<0>1 - - - - - -", told(message="", facility="kern", severity="emerg")),
         ("<191>1 - - - - - - ", told(message="", facility="local7", severity="debug")),
         ("<13>1 - - - - - -  two", told(message=" two", facility="user", severity="notice")),
+        (  # as Heroku's drains write it, without structured data
+            "<40>1 2012-11-30T06:45:29+00:00 host app web.3 - State changed",
+            told(
+                message="State changed",
+                facility="syslog",
+                severity="emerg",
+                hostname="host",
+                app="app",
+                procid="web.3",
+                syslog_timestamp="2012-11-30T06:45:29Z",
+            ),
+        ),
     ],
 )
 def test_rfc5424(line: str, properties: dict[str, Any]) -> None:
@@ -199,7 +212,6 @@ def test_the_short_way_through_data_ends_where_the_long_way_does(text: str) -> N
         "1 ",
         "1 2003-10-11T22:14:15Z host app - -",
         "1 2003-10-11T22:14:15Z host app - - ",
-        "1 2003-10-11T22:14:15Z host app - - m",
         "1 2003-10-11T22:14:15Z host app - - -m",
         "1 2003-10-11T22:14:15Z host app - - [a",
         '1 2003-10-11T22:14:15Z host app - - [a x="1]',
@@ -212,6 +224,7 @@ def test_the_short_way_through_data_ends_where_the_long_way_does(text: str) -> N
         "1 2003-10-11T22:14:15 host app - - - m",
         "1 2003-10-11T22:14:15.Z host app - - - m",
         "1 2003-10-11T22:14:15,5Z host app - - - m",
+        "1 2003-10-11T22:14:15UTC+01 host app - - - m",
         "1 2003-10-11T22:14:15+0100 host app - - - m",
         "1 2003-02-29T22:14:15Z host app - - - m",
         "1 2003-10-11T24:14:15Z host app - - - m",
@@ -269,6 +282,22 @@ OCT = "2026-10-11T22:14:15+02:00"
         ("Oct 11 22:14:15 h %x: y", ("h", None, None, "%x: y")),
         ("Oct 11 22:14:15 UTC su: x", (None, "su", None, "x")),
         ("Oct 11 22:14:15 UTC h su: x", ("h", "su", None, "x")),
+        ("Oct 11 22:14:15 est h: x", ("est", "h", None, "x")),
+        ("Oct 11 22:14:15 CRON: x", (None, "CRON", None, "x")),
+        ("Oct 11 22:14:15 -x y: z", ("-x", "y", None, "z")),
+        ("Oct 11 22:14:15 h: z y %x: z", (None, "h", None, "z y %x: z")),
+        ("Oct 11 22:14:15: z y %x: z", (None, None, None, "z y %x: z")),
+        ("Oct 11 22:14:15 h : %x", ("h", None, None, "%x")),
+        ("Oct 11 22:14:15 Message forwarded from h: su[1]: x", ("h", "su", "1", "x")),
+        ("Oct 11 22:14:15 Message forwarded from h: and so on", ("h", None, None, "and so on")),
+        ("Oct 11 22:14:15 Message su: x", ("Message", "su", None, "x")),
+        ("Oct 11 22:14:15 Message: x", (None, "Message", None, "x")),
+        ("OCT 11 22:14:15 h su: x", ("h", "su", None, "x")),
+        ("oct 11 22:14:15 h su: x", ("h", "su", None, "x")),
+        ("Oct 11 22:14:15 2026  h su: x", ("h", "su", None, "x")),
+        ("Oct 11 22:14:15 UTC 2026 h su: x", ("h", "su", None, "x")),
+        ("Oct 11 22:14:15 UTC 2026  h su: x", ("h", "su", None, "x")),
+        ("2026-10-11 22:14:15 1234 [Note] x", ("1234", None, None, "[Note] x")),
     ],
 )
 def test_rfc3164(line: str, properties: tuple[str | None, ...]) -> None:
@@ -277,7 +306,8 @@ def test_rfc3164(line: str, properties: tuple[str | None, ...]) -> None:
     wanted = {name: value for name, value in zip(names, properties, strict=True) if value is not None}
     wanted["syslog_timestamp"] = "2026-10-11T22:14:15Z" if "UTC" in line else OCT
     assert one(line) == wanted
-    assert one(f"<38>{line}") == {**wanted, "facility": "auth", "severity": "info"}
+    for pri in ("<38>", "<38> "):
+        assert one(pri + line) == {**wanted, "facility": "auth", "severity": "info"}
 
 
 @pytest.mark.parametrize(
@@ -298,6 +328,8 @@ def test_rfc3164(line: str, properties: tuple[str | None, ...]) -> None:
         ("Mar  1 2016 18:46:11", "2016-03-01T18:46:11+01:00", None),
         ("Mar  1 18:46:11 2016", "2016-03-01T18:46:11+01:00", None),
         ("Mar  1 18:46:11 2016 UTC", "2016-03-01T18:46:11Z", None),
+        ("Aug 24 05:34:00 CST 1987", "1987-08-24T05:34:00-06:00", None),
+        ("Aug 24 05:34:00.5 +0100 1987", "1987-08-24T05:34:00.5+01:00", "1987-08-24T04:34:00.5Z"),
         ("2013-08-28T08:12:32.123Z", "2013-08-28T08:12:32.123Z", "2013-08-28T08:12:32.123Z"),
         (
             "2013-08-28T08:12:32.123456+02:00",
@@ -376,6 +408,8 @@ CONFIG = "Configured from console by vty2 (10.34.195.36)"
 SYS = {"app": "SYS", "msgid": "SYS-5-CONFIG_I", "message": CONFIG}
 MAR = {"syslog_timestamp": "2027-03-01T18:46:11+01:00"}
 UTC_MAR = {"syslog_timestamp": "2027-03-01T18:46:11Z"}
+PLUS_MAR = {"syslog_timestamp": "2027-03-01T19:46:11+01:00"}
+R1_29 = {"hostname": "r1", "sequence": "29"}
 
 
 @pytest.mark.parametrize(
@@ -436,6 +470,27 @@ UTC_MAR = {"syslog_timestamp": "2027-03-01T18:46:11Z"}
             },
         ),
         ("%ASA-6-305011: Built", {"app": "ASA", "msgid": "ASA-6-305011", "message": "Built"}),
+        (" %SYS-5-CONFIG_I: " + CONFIG, SYS),
+        (": 29: %SYS-5-CONFIG_I: " + CONFIG, {**SYS, "sequence": "29"}),
+        ("29: r1: %SYS-5-CONFIG_I: " + CONFIG, {**SYS, "sequence": "29", "hostname": "r1"}),
+        ("r1: 29: %SYS-5-CONFIG_I: " + CONFIG, {**SYS, "sequence": "29", "hostname": "r1"}),
+        ("r1: %SYS-5-CONFIG_I: " + CONFIG, {**SYS, "hostname": "r1"}),
+        ("29: *Mar  1 18:46:11: r1 %SYS-5-CONFIG_I: x", {**SYS, **R1_29, **MAR, "message": "x"}),
+        ("29: *Mar  1 18:46:11: r1: %SYS-5-CONFIG_I: x", {**SYS, **R1_29, **MAR, "message": "x"}),
+        ("29: r1: Mar  1 18:46:11 UTC: NTP: (x) %y", {**R1_29, **UTC_MAR, "message": "NTP: (x) %y"}),
+        ("29: r1: Mar  1 18:46:11 AEST: a[1]: x", {**R1_29, **MAR, "message": "a[1]: x"}),
+        (": r1: Mar  1 18:46:11 UTC: x", {**UTC_MAR, "hostname": "r1", "message": "x"}),
+        ("29: Mar  1 18:46:11: a: x", {**MAR, "sequence": "29", "message": "a: x"}),
+        ("r1: Mar  1 18:46:11: x", {"app": "r1", "message": "Mar  1 18:46:11: x"}),
+        ("29: Mar  1 18:46:11 METDST: %SYS-5-CONFIG_I: x", {**SYS, **MAR, "sequence": "29", "message": "x"}),
+        ("Mar  1 18:46:11 utc: %SYS-5-CONFIG_I: x", {**SYS, **UTC_MAR, "message": "x"}),
+        ("Mar  1 19:46:11 UTC+1: %SYS-5-CONFIG_I: x", {**SYS, **PLUS_MAR, "message": "x"}),
+        ("Mar  1 19:46:11 GMT+0100: %SYS-5-CONFIG_I: x", {**SYS, **PLUS_MAR, "message": "x"}),
+        ("Mar  1 19:46:11 GMT+01:00: %SYS-5-CONFIG_I: x", {**SYS, **PLUS_MAR, "message": "x"}),
+        ("Mar  1 18:46:11 r1: %SYS-5-CONFIG_I: x", {**SYS, **MAR, "hostname": "r1", "message": "x"}),
+        ("%A-B_1-C-7-X-Y: x", {"message": "%A-B_1-C-7-X-Y: x", "unparsed": True}),
+        ("%A-B_1-C-7-X: x", {"app": "A-B_1-C", "msgid": "A-B_1-C-7-X", "message": "x"}),
+        ("%A-8-X: x", {"message": "%A-8-X: x", "unparsed": True}),
     ],
 )
 def test_cisco(line: str, properties: dict[str, str]) -> None:
@@ -469,6 +524,9 @@ def test_esxi() -> None:
         ("<13>", {"message": "", "unparsed": True}),
         ("<13>Feb 30 22:14:15 h app: x", {"message": "Feb 30 22:14:15 h app: x", "unparsed": True}),
         ("<13>Oct 11 22:14:15foo", {"message": "Oct 11 22:14:15foo", "unparsed": True}),
+        ("<13>  su[12]: failed", {"app": "su", "procid": "12", "message": "failed"}),
+        ("<13>  just a text", {"message": "  just a text", "unparsed": True}),
+        ("<13>2016 Mar  1 18:46:11 2017 h x", {"message": "2016 Mar  1 18:46:11 2017 h x", "unparsed": True}),
     ],
 )
 def test_a_priority_but_no_time(line: str, properties: dict[str, Any]) -> None:
@@ -487,6 +545,8 @@ def test_a_priority_but_no_time(line: str, properties: dict[str, Any]) -> None:
         "<00>x",
         "<-1>x",
         "<1",
+        "<13",
+        "<13x",
         "<\u0661>x",
         "<13 >1 - - - - - -",
         " <13>Oct 11 22:14:15 h app: x",
@@ -534,7 +594,7 @@ def test_empty_lines_are_none() -> None:
     read = Read(b"\n \t\n\r\n\0\0\n<13>a\n\n<13>b", Instant(wall(NOW), 1, "boot"))
     decoded = decoder().decode([read, Read(b"", read.at), Read(b"\n", read.at)], Flaws())
     assert (decoded.lines, len(decoded.envelopes), decoded.places) == ([2, 0, 0], 2, None)
-    assert decoder().decode([], Flaws()) == ([], None, [], [])
+    assert decoder().decode([], Flaws()) == Lines([], None, [], [])
 
 
 def test_a_line_that_is_too_large_is_refused_alone() -> None:
@@ -700,6 +760,10 @@ PARTS = st.sampled_from(
             "-",
             "a b: c",
             "r1: ",
+            " CST 1987 ",
+            " UTC+1: ",
+            " METDST: ",
+            "Message forwarded from h: ",
         ),
     ]
 )
@@ -725,7 +789,7 @@ def test_each_line_is_one_event(lines: list[bytes]) -> None:
         assert envelope.event
         assert envelope.distinct_id
         flaws = Flaws()
-        assert isinstance(complete(envelope, {}, "", Stamp("u", "t"), flaws), bytes)
+        assert isinstance(complete(envelope, {}, {}, "", Stamp("u", "t"), flaws), dict)
         assert flaws == Flaws()
 
 
@@ -736,8 +800,10 @@ def test_the_common_pattern_reads_as_the_others_do(parts: tuple[str, str]) -> No
     text = " ".join(parts)
     times = Times(BERLIN)
     times.receive(wall(NOW))
-    common = syslog_line._common(text, 0, ("user", "info"), times)
-    assert common is None or common == syslog_line._rfc3164(text, ("user", "info"), times)
+    common = syslog_line._common(text, times)
+    assert common is None or common == syslog_devices.read_bare(text, times)
+    common = syslog_line._common(f"<14>{text}", times)
+    assert common is None or common == syslog_devices.read(text, ("user", "info"), times)
 
 
 HOSTILE = [
@@ -748,6 +814,9 @@ HOSTILE = [
     b"<13>1 2003-10-11T22:14:15.",
     b"<13>",
     b"<189>29: ",
+    b"<189>29: r1: ",
+    b"<189>29: r1: Oct 11 22:14:15: ",
+    b"<189>Oct 11 22:14:15: ",
     b"<189>%",
     b"",
 ]

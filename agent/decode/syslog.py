@@ -3,13 +3,15 @@
 import re
 from collections.abc import Iterable, Sequence
 from datetime import tzinfo
+from operator import attrgetter
 
 import msgspec
-from msgspec import UNSET, Raw
+from msgspec import Raw
 
 from agent.decode.lines import Lines
-from agent.decode.syslog_line import Parsed, Word, parse
+from agent.decode.syslog_line import parse
 from agent.decode.syslog_time import Times
+from agent.decode.syslog_words import Parsed, Properties
 from agent.envelope import LONGEST, Envelope, Flaws, examine
 from agent.events import Read, Reject, sample
 
@@ -26,8 +28,6 @@ _COOKIE = "@cee:"
 
 _encode_lines = msgspec.json.Encoder().encode_lines
 
-# What templates are filled with: app, severity and hostname of a line.
-_Fields = tuple[Word, Word, Word]
 # An event's name, its distinct id, and whether one of them was cut.
 _Named = tuple[str, str, bool]
 
@@ -45,6 +45,8 @@ class Syslog:
         self._hostname = hostname
         self._max_event = max_event
         self._times = Times(zone)
+        # What decides a line's names; where the templates hold no field, any is as good.
+        self._fields = attrgetter(*sorted(set(_FIELD.findall(event + distinct_id))) or ["hostname"])
 
     def decode(self, reads: Sequence[Read], flaws: Flaws) -> Lines:
         """An envelope for each line that is not empty, a reject for each that is too large."""
@@ -78,30 +80,30 @@ class Syslog:
     def _envelopes(self, parsed: Sequence[Parsed], flaws: Flaws) -> list[Envelope]:
         """What the lines say as envelopes; a line whose message is a JSON event becomes that event."""
         sealed = _encode_lines([said for said, _ in parsed]).split(b"\n")
-        named: dict[_Fields, _Named] = {}
+        named: dict[object, _Named] = {}
         envelopes = []
         for (said, stamp), raw in zip(parsed, sealed, strict=False):  # a newline ends the last
-            fields = (said.app, said.severity, said.hostname)
+            fields = self._fields(said)
             if (known := named.get(fields)) is None:
-                known = named[fields] = self._named(fields)
+                known = named[fields] = self._named(said)
             event, who, cut = known
             envelope = self._embedded(said.message, who, flaws) if said.message[:1] in _OPENERS else None
             if envelope is None:
                 envelope = Envelope(event, who, None, stamp, Raw(raw))
-                flaws.truncated += cut
+                if cut:
+                    flaws.truncated += 1
             envelopes.append(envelope)
         return envelopes
 
-    def _named(self, fields: _Fields) -> _Named:
-        """The name and the distinct id of events from lines with these fields."""
-        app, severity, hostname = fields
+    def _named(self, said: Properties) -> _Named:
+        """The name and the distinct id of events from lines that say this."""
         values = {
-            "app": "" if app is UNSET else app,
-            "severity": "" if severity is UNSET else severity,
-            "hostname": self._hostname if hostname is UNSET else hostname,
+            "app": said.app or "",
+            "severity": said.severity or "",
+            "hostname": said.hostname or self._hostname,
         }
         event, who = (
-            _FIELD.sub(lambda field: str(values[field[1]]), template)
+            _FIELD.sub(lambda field: values[field[1]], template)
             for template in (self._event, self._distinct_id)
         )
         event, who = event if event.strip() else EVENT, who if who.strip() else self._hostname

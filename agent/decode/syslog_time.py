@@ -16,7 +16,7 @@ _MONTH = {name: number for number, name in enumerate(_MONTHS, 1)}
 _CLOCK = r"([0-9]{2}):([0-9]{2}):([0-9]{2})"
 _ISO = re.compile(r"([0-9]{4})-([0-9]{2})-([0-9]{2})[Tt ]" + _CLOCK)
 _BSD = re.compile(
-    r"(?:([0-9]{4}) )?([A-Z][a-z]{2}) {1,2}([0-9]{1,2})(?: ([0-9]{4}))? " + _CLOCK + "(?: ([0-9]{4}))?"
+    r"(?:([0-9]{4}) )?([A-Za-z]{3}) {1,2}([0-9]{1,2})(?: ([0-9]{4}))? " + _CLOCK + "(?: ([0-9]{4}))?"
 )
 _OFFSET = re.compile(r"([+-])([01][0-9]|2[0-3]):?([0-5][0-9])")
 
@@ -59,7 +59,7 @@ class Times:
     def told(self, second: str, fraction: str | None, zone: str) -> tuple[str, str | None] | None:
         """A line's time in its own zone, and in UTC if it is finer than a second; None where it is no time.
 
-        `second` is a date and a time of day, `zone` an offset, one of `ZONES`, or "".
+        `second` is a date and a time of day, `zone` an offset, one of `ZONES` in any case, or "".
         """
         key = (second, zone)
         try:
@@ -84,8 +84,9 @@ class Times:
             elif (found := _BSD.fullmatch(text)) is not None:
                 before, name, date, between, *digits, behind = found.groups()
                 clock = [int(number) for number in digits]
-                dated = self._dated(before or between or behind, _MONTH.get(name, 0), int(date))
-                if dated is None:
+                years = [year for year in (before, between, behind) if year]
+                dated = self._dated(years[0] if years else None, _MONTH.get(name.capitalize(), 0), int(date))
+                if dated is None or len(years) > 1:
                     return None
                 local = dated
             else:
