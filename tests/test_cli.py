@@ -316,13 +316,17 @@ async def test_the_readmes_one_liners_work(tmp_path: Path) -> None:
     sink = Sink()
     async with serving(sink) as url:
         config = configure(tmp_path, url)
+        sdk = '[[source]]\nkind = "http"\nlisten = "127.0.0.1:0"\n[admin]'
+        config.write_text(config.read_text().replace("[admin]", sdk))
         async with running(config) as agent:
-            udp = (await agent.status())["sources"][2]["address"].split(":")[1]
+            sources = (await agent.status())["sources"]
+            udp, http = (sources[number]["address"].split(":")[1] for number in (2, 3))
 
             def here(text: str) -> str:
                 text = text.replace("/run/capture-agent", str(tmp_path)).replace(
                     "127.0.0.1 8125", f"127.0.0.1 {udp}"
                 )
+                text = text.replace("127.0.0.1:8127", f"127.0.0.1:{http}").replace("phc_...", "phc_test")
                 return text.replace("capture-agent send", f"{sys.executable} -m agent send --config {config}")
 
             expected = 0
@@ -332,9 +336,9 @@ async def test_the_readmes_one_liners_work(tmp_path: Path) -> None:
                     continue
                 subprocess.run(command, shell=True, check=True, timeout=30, env=ENVIRONMENT)
                 expected += 1
-            [python] = _blocks("python")
-            subprocess.run([sys.executable, "-c", here(python)], check=True, timeout=30)
-            expected += 1
+            for python in _blocks("python"):
+                subprocess.run([sys.executable, "-c", here(python)], check=True, timeout=30, env=ENVIRONMENT)
+                expected += 1
             if shutil.which("php") is not None:
                 [php] = _blocks("php")
                 subprocess.run(["php", "-r", here(php)], check=True, timeout=30)

@@ -1,4 +1,4 @@
-"""The corpus of syslog lines, held against itself: whole, without doubles, and of one mind with the rules.
+"""The corpus of syslog lines: whole, without doubles, of one mind with the rules, and read so by the decoder.
 
 `corpus/syslog.jsonl` has one object a line, grouped by dialect: `group`, `origin` (where the line is
 public, or which device sends it), `line` (or `hex`, where its bytes are not UTF-8 or end in a NUL), `at`
@@ -18,6 +18,10 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 import pytest
+
+from agent.decode.syslog import Syslog
+from agent.envelope import Flaws
+from agent.events import Instant, Read
 
 Record = dict[str, Any]
 
@@ -195,3 +199,38 @@ def test_an_event_in_a_line_is_expected_as_it_is(record: Record) -> None:
     wanted = expect["distinct_id"]
     assert wanted == event.get("distinct_id", wanted)
     assert "distinct_id" in event or wanted == "here" or wanted in line
+
+
+def read_line(record: Record) -> Record:
+    """What the decoder makes of a record's line, in the form of what is expected."""
+    decoder = Syslog(
+        event="syslog",
+        distinct_id="{hostname}",
+        hostname="here",
+        zone=ZoneInfo(record.get("zone", "UTC")),
+        max_event=1_000_000,
+    )
+    wall = int(datetime.fromisoformat(record["at"]).timestamp() * 1e6)
+    decoded = decoder.decode([Read(raw(record) + b"\n", Instant(wall, 1, "boot"))], Flaws())
+    [envelope] = decoded.envelopes
+    return {
+        "event": envelope.event,
+        "distinct_id": envelope.distinct_id,
+        "timestamp": envelope.timestamp,
+        "properties": json.loads(bytes(envelope.properties)),
+        "uuid": envelope.uuid,
+    }
+
+
+def with_instant(event: Record) -> Record:
+    """An event whose timestamp is an instant, however it was written."""
+    timestamp = event["timestamp"]
+    return {"uuid": None, **event, "timestamp": timestamp and datetime.fromisoformat(timestamp)}
+
+
+@pytest.mark.parametrize(
+    "record", [pytest.param(record, id=f"{n}-{record['group']}") for n, record in enumerate(RECORDS, 1)]
+)
+def test_the_decoder_reads_it_so(record: Record) -> None:
+    """A line becomes the event that is expected of it."""
+    assert with_instant(read_line(record)) == with_instant(record["expect"])
