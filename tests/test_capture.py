@@ -251,6 +251,7 @@ def test_one_bad_event_takes_no_other_with_it(bad: bytes, wrapped: bytes) -> Non
         (["missing_event", "too_deep"], 400, b"event submitted with an empty event name"),
         (["too_deep"], 200, b'{"status":"Ok"}'),
         (["too_deep", "bad_uuid"], 400, b"failed to parse request: data did not match"),
+        (["too_large", "bad_uuid"], 413, b"maximum event size exceeded"),
         (["filtered", "sampled"], 200, b'{"status":"Ok"}'),
         (["rate_limited", "bad_uuid"], 429, b"rate limited"),
         (["buffer_full"], 503, b"transient error, please retry"),

@@ -2,21 +2,27 @@
 
 import gzip
 import json
+import signal
 import socket
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import httpx
 import pytest
 import trio
+from processes import configure, running
 from sources import Taken, http, origins, taking
 
 from agent.accept import http as source
 from agent.accept.whence import Whence, is_near
 from agent.buffer import Limits
 from agent.events import Origin
+from agent.sink import Sink, serving
 
 PATHS = ("/batch", "/capture", "/e", "/i/v0/e", "/track", "/engage")
 V1 = "/i/v1/analytics/events"
@@ -282,16 +288,22 @@ async def test_bodies_share_their_room(monkeypatch: pytest.MonkeyPatch) -> None:
         b"POST /batch/ HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
         b"POST /\xff HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n",
         b"GET /e/?data=%ff&_=\xff HTTP/1.1\r\nHost: x\r\n\r\n",
+        (
+            b"GET /e HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+            b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+        ),
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
         b"\x16\x03\x01\x00\xa5\x01" + bytes(100),
         b"{}\n\n",
     ],
 )
-async def test_what_is_no_http_ends_only_itself(text: bytes) -> None:
-    """The next client is served."""
+async def test_what_is_no_http_ends_only_itself(text: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    """The next client is served, and nobody fills the log."""
     async with taking(http()) as taken, client(taken) as sdk:
         with trio.move_on_after(0.3):
             await send_raw(taken, text)
         assert (await sdk.post("/batch/", content=batch(event()))).status_code == 200
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 async def test_a_client_that_leaves_harms_nobody() -> None:
@@ -347,3 +359,37 @@ async def test_a_stop_answers_what_is_under_way() -> None:
             await late.send_all(body)
             assert (await late.receive_some(100)).startswith(b"HTTP/1.1 200")
         assert taken.total("accepted") == 1
+
+
+def with_http(folder: Path, url: str, port: int) -> Path:
+    """A configuration with an HTTP source."""
+    file = configure(folder, url)
+    file.write_text(file.read_text() + f'[[source]]\nkind = "http"\nlisten = "127.0.0.1:{port}"\n')
+    return file
+
+
+async def test_what_was_acknowledged_survives(tmp_path: Path) -> None:
+    """The agent is killed at once after its 200: the next one delivers the events, as the SDK made them."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    events = [event(number, timestamp="2026-11-24T12:00:00.000Z") for number in range(100)]
+    async with running(with_http(tmp_path, "http://127.0.0.1:9", port)) as agent:
+        async with httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(retries=10)) as sdk:
+            answer = await sdk.post(f"http://127.0.0.1:{port}/batch/", content=batch(*events))
+        assert answer.status_code == 200
+        agent.send(signal.SIGKILL)
+    sink = Sink()
+    async with serving(sink) as url, running(with_http(tmp_path, url, port)):
+        with trio.fail_after(20):
+            await sink.wait_for(100)
+    assert {one.uuid: one.given for one in sink.events} == {
+        one["uuid"]: "2026-11-24T12:00:00.000000Z" for one in events
+    }
+
+
+def test_the_server_is_not_loaded_before_others_take_events() -> None:
+    """It takes longer to load than their clients should wait."""
+    script = (
+        "import agent.app, sys; sys.exit(any(name in sys.modules for name in ('hypercorn', 'starlette')))"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

@@ -113,6 +113,9 @@ class HttpSource:
 
     async def _serve(self, flags: httpd.App, scope: Message, receive: Receive, send: Send) -> None:
         """One request, as ASGI has it."""
+        if scope["type"] != "http":  # a web socket
+            await send({"type": "websocket.close"})
+            return
         if scope["path"] in FLAGS:
             await flags(scope, receive, send)
             return

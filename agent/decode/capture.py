@@ -97,7 +97,8 @@ def answer(posted: Posted, refused: Mapping[int, str]) -> Answer:
         return _NO_CONTENT if posted.beacon else _OK
     if "rate_limited" in reasons:
         return trouble("rate_limited")
-    return Answer(400, _FLAWS.get(reasons[0], b"failed to parse request: " + _WORDS))
+    status = 413 if reasons[0] == "too_large" else 400
+    return Answer(status, _FLAWS.get(reasons[0], b"failed to parse request: " + _WORDS))
 
 
 def read_request(request: Request) -> Posted | Answer:
