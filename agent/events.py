@@ -56,6 +56,7 @@ class Origin(NamedTuple):
 
     `defaults` are properties for events that have none of that name, `forced` replace what they have.
     `project` and `key` are set where the events are not for the source's own. `uid` is the kernel's word.
+    `historical` says that the events are old, and for PostHog's pipeline for such.
     """
 
     defaults: Mapping[str, msgspec.Raw] = {}
@@ -63,6 +64,7 @@ class Origin(NamedTuple):
     project: str | None = None
     key: str | None = None
     uid: int | None = None
+    historical: bool = False
 
 
 class Denied(NamedTuple):
@@ -88,6 +90,7 @@ class Read(NamedTuple):
 
 # What is known of a chunk's events, as bits of its `marks`.
 GIVEN = 1  # some of their uuids came from clients, who may send one twice
+HISTORICAL = 4  # their sender says that they are old ones
 LONG = 2  # an event's name or id may be over 200 bytes, which PostHog's v1 protocol refuses
 
 
@@ -114,7 +117,7 @@ class Chunk(msgspec.Struct, frozen=True, kw_only=True):
 
     `size` and `crc` (CRC-32) are of the bytes before compression. `key` is set only for events that
     carry another key than their project's, and never empty. `received_at` and `monotonic` are
-    microseconds. `marks` are `GIVEN` and `LONG`; `burials` is the past of a single event that was dead and
+    microseconds. `marks` are those below; `burials` is the past of a single event that was dead and
     is sent again.
     """
 

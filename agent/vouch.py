@@ -23,6 +23,7 @@ from agent.events import (
     CHUNK_BYTES,
     CHUNK_EVENTS,
     GIVEN,
+    HISTORICAL,
     LONG,
     Chunk,
     Instant,
@@ -63,10 +64,11 @@ class Decoded(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Owner(NamedTuple):
-    """Whose events are: of which project, and with which key where it is not the project's."""
+    """Whose events are: of which project, with which key where it is not the project's; and whether old."""
 
     project: str
     key: str | None
+    historical: bool
 
 
 class Door:
@@ -146,8 +148,8 @@ class Door:
 
     def _owner(self, run: Run) -> Owner:
         if run.origin is None:
-            return Owner(self.rules.project, None)
-        return Owner(run.origin.project or self.rules.project, run.origin.key)
+            return Owner(self.rules.project, None, historical=False)
+        return Owner(run.origin.project or self.rules.project, run.origin.key, run.origin.historical)
 
     def _chunks(
         self, texts: Texts, start: int, stop: int, owner: Owner, at: Instant, given: AbstractSet[str]
@@ -173,6 +175,8 @@ class Door:
             marks = LONG if not data.isascii() and any(map(over_long, envelopes)) else 0
             if given and any(envelope.uuid in given for envelope in envelopes):
                 marks |= GIVEN
+            if owner.historical:
+                marks |= HISTORICAL
             chunks.append(
                 Chunk(
                     project=owner.project,

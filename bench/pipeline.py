@@ -135,6 +135,9 @@ class Agent:
             [[source]]
             kind = "tcp"
             listen = "127.0.0.1:{self.tcp}"
+            [[source]]
+            kind = "http"
+            listen = "127.0.0.1:{self.http}"
             [buffer]
             path = "{folder}/buffer.db"
             max_size = "8 GiB"

@@ -17,7 +17,7 @@ RUNS = 4000
 @pytest.mark.skipif(
     platform.machine() != "x86_64" or sys.version_info >= (3, 14), reason="atheris has no wheel here"
 )
-@pytest.mark.parametrize("target", ["ndjson", "logfmt", "syslog"])
+@pytest.mark.parametrize("target", ["ndjson", "logfmt", "syslog", "capture"])
 def test_fuzz(target: str, tmp_path: Path) -> None:
     """No bytes make a decoder raise, count wrongly, or let in what is no event."""
     corpus = shutil.copytree(FUZZ / target, tmp_path / "corpus")

@@ -21,7 +21,8 @@ from sources import Taken, http, origins, taking
 from agent.accept import http as source
 from agent.accept.whence import Whence, is_near
 from agent.buffer import Limits
-from agent.events import Origin
+from agent.deliver.cargo import together
+from agent.events import HISTORICAL, Origin
 from agent.sink import Sink, serving
 
 PATHS = ("/batch", "/capture", "/e", "/i/v0/e", "/track", "/engage")
@@ -393,3 +394,16 @@ def test_the_server_is_not_loaded_before_others_take_events() -> None:
         "import agent.app, sys; sys.exit(any(name in sys.modules for name in ('hypercorn', 'starlette')))"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+async def test_old_events_are_told_apart() -> None:
+    """What an SDK sends as a migration goes to PostHog as one, and never in a request with others."""
+    async with taking(http()) as taken, client(taken) as sdk:
+        old = {"api_key": "phc_test", "historical_migration": True, "batch": [event(1)]}
+        for content in (batch(event(2)), json.dumps(old), batch(event(3))):
+            assert (await sdk.post("/batch/", content=content)).status_code == 200
+        lease = await taken.buffer.take(Limits(100, 2**20), "default")
+        assert lease is not None
+        assert [bool(chunk.marks & HISTORICAL) for chunk in lease.chunks] == [False, True, False]
+        assert not together(lease.chunks[0], lease.chunks[1], "batch")
+        assert together(lease.chunks[0], lease.chunks[2], "batch")

@@ -162,7 +162,11 @@ class HttpSource:
             if isinstance(posted, Answer):
                 return posted
             origin = self._origin_of(
-                posted.key, address, tuple(posted.defaults.items()), placed=posted.placed
+                posted.key,
+                address,
+                tuple(posted.defaults.items()),
+                placed=posted.placed,
+                historical=posted.historical,
             )
             if origin is None:
                 return dialect.trouble("unknown_key")
@@ -230,7 +234,13 @@ class HttpSource:
         return None
 
     def _make_origin(
-        self, key: str, address: Address | None, told: tuple[tuple[str, str], ...], *, placed: bool
+        self,
+        key: str,
+        address: Address | None,
+        told: tuple[tuple[str, str], ...],
+        *,
+        placed: bool,
+        historical: bool,
     ) -> Origin | None:
         """What follows from who sent events; None where their key is not taken."""
         name = self._names.get(key)
@@ -245,6 +255,7 @@ class HttpSource:
             defaults,
             project=None if name == self._settings.project else name,
             key=key if name is None else None,
+            historical=historical,
         )
 
 

@@ -13,7 +13,7 @@ import msgspec
 from agent import pack
 from agent.deliver.clocks import agree
 from agent.deliver.verdict import Batch
-from agent.events import GIVEN, LONG, Chunk
+from agent.events import GIVEN, HISTORICAL, LONG, Chunk
 
 Protocol = Literal["batch", "v1", "auto"]
 
@@ -214,10 +214,13 @@ class Cargo:
 def together(one: Chunk, other: Chunk, protocol: Protocol) -> bool:
     """Whether two chunks may share a batch: their clocks agree, and neither is the other's risk.
 
-    Replayed events go apart from fresh ones. For v1, which refuses a batch that has one uuid twice, a chunk
-    with uuids of clients goes alone, and what v1 would drop goes together.
+    Replayed events go apart from fresh ones, and old ones too, as that is said of a whole request. For v1,
+    which refuses a batch that has one uuid twice, a chunk with uuids of clients goes alone, and what v1 would
+    drop goes together.
     """
     if not agree(one, other) or bool(one.burials) != bool(other.burials):
+        return False
+    if (one.marks ^ other.marks) & HISTORICAL:
         return False
     return protocol == "batch" or (one.marks == other.marks and not one.marks & GIVEN)
 

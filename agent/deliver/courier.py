@@ -121,7 +121,7 @@ class Courier:
             batch,
             self._key(batch),
             None if moment is None else written(moment),
-            historical_migration=self._settings.historical_migration,
+            historical_migration=self._settings.historical_migration or batch.historical,
             compression=self._settings.compression,
         )
         if isinstance(body, Damaged):
@@ -137,7 +137,7 @@ class Courier:
         body = v1.body(
             batch,
             attempt.created_at,
-            historical_migration=self._settings.historical_migration,
+            historical_migration=self._settings.historical_migration or batch.historical,
             compression=self._settings.compression,
         )
         if isinstance(body, Damaged):

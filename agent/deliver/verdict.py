@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from agent.events import Chunk
+from agent.events import HISTORICAL, Chunk
 
 Refusal = Literal["key", "billing", "host"]
 
@@ -25,6 +25,11 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
     size: int
     number: int = 0
     long: bool = False
+
+    @property
+    def historical(self) -> bool:
+        """Whether its senders say that these are old events."""
+        return bool(self.pieces[0].marks & HISTORICAL)
 
 
 class Accepted(msgspec.Struct, frozen=True):

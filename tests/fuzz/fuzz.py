@@ -13,9 +13,12 @@ from datetime import UTC
 import atheris
 
 with atheris.instrument_imports(include=["agent"]):
+    from agent.decode import capture as capture_v0
+    from agent.decode import capture_v1
     from agent.decode.lines import Format
     from agent.decode.logfmt import Logfmt
     from agent.decode.objects import Json
+    from agent.decode.request import Posted, Request
     from agent.decode.syslog import Syslog
     from agent.events import Instant, Read
     from agent.pack import inflate
@@ -58,8 +61,35 @@ def lines_of(form: Format) -> Callable[[bytes], None]:
     return fuzz
 
 
+def capture(data: bytes) -> None:
+    """A request by either protocol: an answer as PostHog has it, or as many lines as it tells of."""
+    form, body = (data[0], data[1:]) if data else (0, b"")
+    headers = {
+        "content-type": ("application/json", "application/x-www-form-urlencoded")[form & 1],
+        "content-encoding": ("", "gzip", "base64", "lz64")[form >> 1 & 3],
+        "authorization": "Bearer phc_test",
+        "posthog-sdk-info": "fuzz/1",
+        "posthog-attempt": "1",
+        "posthog-request-id": "0197a5c0-7e1c-7abc-8def-0123456789ab",
+        "posthog-request-timestamp": "2026-01-02T03:04:05Z",
+        "user-agent": "fuzz",
+    }
+    path = ("/batch", "/e/", "/engage", "/i/v1/analytics/events")[form >> 3 & 3]
+    reader = capture_v1 if path.startswith("/i/v1") else capture_v0
+    found = reader.read_request(Request(path, "", headers, body, AT, 100_000, bool(form & 32)))
+    if isinstance(found, Posted):
+        assert found.lines.count(b"\n") == found.events > 0
+        HTTP_DOOR.vouch([Read(found.lines, AT)], 1)
+        for refused in ({}, {0: "missing_event"}, dict.fromkeys(range(found.events), "buffer_full")):
+            assert reader.answer(found, refused).status in (200, 204, 400, 503)
+    else:
+        assert 200 <= found.status < 600
+
+
+HTTP_DOOR = _door(Json(LONGEST))
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "ndjson": lines_of(Json(LONGEST)),
+    "capture": capture,
     "logfmt": lines_of(Logfmt(LONGEST)),
     "syslog": lines_of(
         Syslog(event="{app}", distinct_id="{hostname}", hostname="host", zone=UTC, max_event=LONGEST)
