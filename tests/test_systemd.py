@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 import trio
 from processes import COMMAND, ENVIRONMENT, Running, run
@@ -76,10 +77,11 @@ async def test_every_kind_of_source_may_have_its_sockets_from_systemd(
     unit.datagram("devlog", paths[1])
     unit.stream("admin", paths[2])
     addresses = [unit.datagram("udp", LOOPBACK), unit.datagram("udp", LOOPBACK), unit.stream("tcp", LOOPBACK)]
+    page = unit.stream("sdk", LOOPBACK)
     for path in paths:
         path.chmod(0o620)
     before = [(path.stat().st_ino, path.stat().st_mode) for path in paths]
-    kinds = {"unix_stream": "events", "unix_datagram": "devlog", "udp": "udp", "tcp": "tcp"}
+    kinds = {"unix_stream": "events", "unix_datagram": "devlog", "udp": "udp", "tcp": "tcp", "http": "sdk"}
     file = configure(tmp_path, "".join(source(kind, name) for kind, name in kinds.items()))
     async with unit.running(file) as agent:
         for sock, place in (
@@ -92,11 +94,15 @@ async def test_every_kind_of_source_may_have_its_sockets_from_systemd(
             with sock:
                 sock.connect(place)
                 sock.send(line())
+        event = {"api_key": "phc_test", "event": "e", "distinct_id": "d"}
+        async with httpx.AsyncClient() as client:
+            answer = await client.post("http://{}:{}/e/".format(*page.getsockname()), json=event)
+        assert answer.status_code == 200
         # The place of the stream is not in the configuration: the usual one is tried.
         usual = {"RUNTIME_DIRECTORY": str(tmp_path)}
         done = await trio.to_thread.run_sync(lambda: run("send", "e", "--config", str(file), env=usual))
         assert done.returncode == 0, done.stderr
-        status = await agent.until(received=6, accepted=6)
+        status = await agent.until(received=7, accepted=7)
         counts = {made["kind"]: (made["accepted"], made["address"]) for made in status["sources"]}
         first, second, third = ("{}:{}".format(*sock.getsockname()) for sock in addresses)
         assert counts == {
@@ -104,6 +110,7 @@ async def test_every_kind_of_source_may_have_its_sockets_from_systemd(
             "unix_datagram": (1, str(paths[1])),
             "udp": (2, f"{first}, {second}"),
             "tcp": (1, third),
+            "http": (1, "{}:{}".format(*page.getsockname())),
         }
         agent.send(signal.SIGTERM)
         assert await agent.process.wait() == 0, agent.log()
