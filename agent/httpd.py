@@ -28,6 +28,8 @@ MAX_HEAD = 64 * 1024
 # Longer than any client's own idle time (httpx 5 s, browsers about 60 s): the client then closes first, and
 # no request meets a connection that is just being closed.
 KEEP_ALIVE = 75.0
+# Hypercorn ends a connection after 1,000, upon which a client that does not look for that fails once.
+MOST_REQUESTS = 2**31
 # listen(2) is called again by Hypercorn; the kernel cuts this at somaxconn.
 BACKLOG = 4096
 # Linux lists a process's open files here; elsewhere `_hang_up` does nothing.
@@ -54,6 +56,7 @@ async def serve(
     config.errorlog.setLevel(logging.ERROR)
     config.graceful_timeout = grace
     config.keep_alive_timeout = keep_alive
+    config.keep_alive_max_requests = MOST_REQUESTS
     config.h11_max_incomplete_size = MAX_HEAD
     config.backlog = BACKLOG
     config.include_server_header = False
