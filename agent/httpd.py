@@ -6,16 +6,20 @@ reads, never writes), a shutdown ends within its grace and a cancellation at onc
 """
 
 import logging
-import os
 import socket
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import trio
+from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config
-from hypercorn.trio import serve as hypercorn_serve
+from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.trio.worker_context import WorkerContext
+from hypercorn.typing import ConnectionState
+
+from agent.places import accept_all
 
 # ASGI's own shapes: its messages are dicts whose fields depend on their type.
 Message = MutableMapping[str, Any]
@@ -30,10 +34,8 @@ MAX_HEAD = 64 * 1024
 KEEP_ALIVE = 75.0
 # Hypercorn ends a connection after 1,000, upon which a client that does not look for that fails once.
 MOST_REQUESTS = 2**31
-# listen(2) is called again by Hypercorn; the kernel cuts this at somaxconn.
-BACKLOG = 4096
-# Linux lists a process's open files here; elsewhere `_hang_up` does nothing.
-DESCRIPTORS = "/proc/self/fd"
+# For pages that people and their monitoring look at.
+MOST_CONNECTIONS = 256
 
 
 async def serve(
@@ -44,84 +46,89 @@ async def serve(
     grace: float = 3.0,
     max_body: int = 1024 * 1024,
     keep_alive: float = KEEP_ALIVE,
+    max_connections: int = MOST_CONNECTIONS,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Answer requests until `shutdown` is set, then give open ones `grace` seconds.
 
-    The sockets stay the caller's, who closes them; they become non-blocking, as they share their state with
-    the duplicates that Hypercorn adopts and closes.
+    Beyond `max_connections` clients wait to be accepted. The sockets stay the caller's, who closes them; they
+    become non-blocking.
     """
     config = Config()
     config.errorlog = logging.getLogger("agent.httpd")  # a logger of ours: Hypercorn adds no handler to it
     config.errorlog.setLevel(logging.ERROR)
-    config.graceful_timeout = grace
     config.keep_alive_timeout = keep_alive
     config.keep_alive_max_requests = MOST_REQUESTS
     config.h11_max_incomplete_size = MAX_HEAD
-    config.backlog = BACKLOG
     config.include_server_header = False
-    addresses = [(sock.family, sock.getsockname()) for sock in sockets]
-    duplicates = [os.dup(sock.fileno()) for sock in sockets]
-    config.bind = [f"fd://{number}" for number in duplicates]
-    run = partial(
-        hypercorn_serve,
-        partial(_bounded, app, max_body),
-        config,
-        shutdown_trigger=shutdown.wait,
-        mode="asgi",
-    )
+    served = _Served(partial(_bounded, app, max_body), config, max_connections)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(_part_after, shutdown, grace, addresses)
+        nursery.start_soon(served.part_after, shutdown, grace)
         async with trio.open_nursery() as serving:
-            await serving.start(run)
-            for number in duplicates:
-                os.set_inheritable(number, False)  # Hypercorn sets it, for workers that we never have
-            task_status.started()
+            async with trio.open_nursery() as accepting:
+
+                def start(sock: trio.socket.SocketType) -> None:
+                    serving.start_soon(served.connection, sock)
+
+                for sock in sockets:
+                    sock.setblocking(False)
+                    accepting.start_soon(accept_all, sock, served.places, start)
+                task_status.started()
+                await shutdown.wait()
+                accepting.cancel_scope.cancel()
+            await served.context.terminated.set()  # Hypercorn then closes connections that are idle
+            serving.cancel_scope.deadline = trio.current_time() + grace
         nursery.cancel_scope.cancel()
 
 
-async def _part_after(shutdown: trio.Event, grace: float, addresses: Sequence[tuple[int, Any]]) -> None:
-    """Hang up on everybody `grace` after a shutdown, or at once when cancelled.
+class _Served:
+    """The connections of one app, each of them served by Hypercorn.
 
-    Hypercorn shields its sends, so that a client which never reads would hold a cancellation for ever.
+    Hypercorn's own `serve` accepts whoever comes, until no descriptor is left, and tells nobody whom.
     """
-    try:
-        await shutdown.wait()
-        await trio.sleep(grace)
-    finally:
-        _hang_up(addresses)
 
+    def __init__(self, app: App, config: Config, max_connections: int) -> None:
+        self.places = trio.Semaphore(max_connections)
+        self.context = WorkerContext(None)
+        self._app = ASGIWrapper(cast("Any", app))  # whose messages have types of Hypercorn's own
+        self._config = config
+        self._open: set[trio.socket.SocketType] = set()
 
-def _hang_up(addresses: Sequence[tuple[int, Any]]) -> None:
-    """Shut down every connection that was accepted at one of these addresses.
+    async def connection(self, sock: trio.socket.SocketType) -> None:
+        """Serve one client to its end."""
+        self._open.add(sock)
+        try:
+            with sock:
+                stream: Any = trio.SocketStream(sock)  # Hypercorn asks by itself whether it is TLS
+                await _Connection(self._app, self._config, self.context, ConnectionState({}), stream)
+        finally:
+            self._open.discard(sock)
+            self.places.release()
 
-    Hypercorn tells nobody its connections, so the kernel is asked: an accepted socket has its listener's
-    path or, as the address may have been a wildcard, its port.
-    """
-    ours = {_place(family, name) for family, name in addresses}
-    for number in os.listdir(DESCRIPTORS) if os.path.isdir(DESCRIPTORS) else ():
-        with suppress(OSError):  # closed meanwhile, or not connected
-            if not os.readlink(f"{DESCRIPTORS}/{number}").startswith("socket:"):
-                continue
-            with socket.socket(fileno=os.dup(int(number))) as sock:
-                listening = sock.type != socket.SOCK_STREAM or sock.getsockopt(
-                    socket.SOL_SOCKET, socket.SO_ACCEPTCONN
-                )
-                if not listening and _place(sock.family, sock.getsockname()) in ours:
+    async def part_after(self, shutdown: trio.Event, grace: float) -> None:
+        """Hang up on everybody `grace` after a shutdown, or at once when cancelled.
+
+        Hypercorn shields its sends, so that a client which never reads would hold a cancellation for ever.
+        """
+        try:
+            await shutdown.wait()
+            await trio.sleep(grace)
+        finally:
+            for sock in tuple(self._open):
+                with suppress(OSError):  # it is closed already
                     sock.shutdown(socket.SHUT_RDWR)
 
 
-def _place(family: int, name: Any) -> tuple[int, Any]:
-    return family, name[1] if isinstance(name, tuple) else name
+class _Connection(TCPServer):
+    """Ends when its client has left; Hypercorn's keeps its place until the idle time is over."""
+
+    async def _read_data(self) -> None:
+        await super()._read_data()
+        await self.idle_task.stop()
 
 
 async def _bounded(app: App, max_body: int, scope: Message, receive: Receive, send: Send) -> None:
     """The app for one request; a body that outgrows `max_body` ends it with a 413."""
-    if scope["type"] == "lifespan":
-        # What an app needs is opened around `serve`; Hypercorn insists on an answer.
-        for _ in ("startup", "shutdown"):
-            await send({"type": (await receive())["type"] + ".complete"})
-        return
     if scope["type"] != "http":
         await app(scope, receive, send)
         return

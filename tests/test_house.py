@@ -43,6 +43,7 @@ ROOMS = {
     "agent.deliver.pace": "delivery logic",
     "agent.httpc": "tool",
     "agent.httpd": "tool",
+    "agent.places": "tool",
     "agent.logs": "tool",
     "agent.memory": "tool",
     "agent.systemd": "tool",
@@ -60,7 +61,7 @@ ROOMS = {
 }
 MAY_IMPORT = {
     "ground": {"ground"},
-    "tool": {"ground"},
+    "tool": {"ground", "tool"},
     "buffer": {"ground", "buffer"},
     "door": {"ground", "door"},
     "accept": {"ground", "door", "tool", "accept"},

@@ -109,6 +109,7 @@ class HttpSource:
                 grace=PARTING_SECONDS,
                 # As much is read, though not kept, so that the client sees why it is refused.
                 max_body=2 * self._settings.max_body,
+                max_connections=self._settings.max_connections,
             )
 
     async def _serve(self, flags: httpd.App, scope: Message, receive: Receive, send: Send) -> None:

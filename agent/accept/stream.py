@@ -1,6 +1,5 @@
 """Accepts the clients of a source's stream sockets, as many as there are places for."""
 
-import errno
 import os
 import socket
 import ssl
@@ -18,9 +17,8 @@ from agent.accept.putter import Putter
 from agent.accept.sender import Senders, peer_of
 from agent.clock import Clock
 from agent.events import Origin
+from agent.places import accept_all
 
-# Out of descriptors: wait for some to be closed.
-EXHAUSTED_SECONDS = 0.1
 # To whom may not send here.
 FAREWELL = b'{"error":"forbidden"}\n'
 
@@ -64,27 +62,17 @@ class StreamSource:
         """Serve connections until `stop`; then read each to its end."""
         async with trio.open_nursery() as serving:
             async with trio.open_nursery() as accepting:
+
+                def start(sock: trio.socket.SocketType) -> None:
+                    serving.start_soon(self._serve, sock)
+
                 for listener in self._listeners:
-                    accepting.start_soon(self._accept, listener, serving)
+                    accepting.start_soon(accept_all, listener, self._places, start)
                 await stop.wait()
                 self.stopping = True
                 accepting.cancel_scope.cancel()
             for connection in tuple(self.connections):
                 connection.stop()
-
-    async def _accept(self, listener: socket.socket, serving: trio.Nursery) -> None:
-        while True:
-            await self._places.acquire()
-            try:
-                sock, _ = listener.accept()
-            except OSError as error:
-                self._places.release()  # while nobody comes here, the other listeners may need it
-                if error.errno == errno.EAGAIN:
-                    await trio.lowlevel.wait_readable(listener)
-                elif error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    await trio.sleep(EXHAUSTED_SECONDS)
-                continue
-            serving.start_soon(self._serve, trio.socket.from_stdlib_socket(sock))
 
     async def _serve(self, sock: trio.socket.SocketType) -> None:
         try:
