@@ -282,6 +282,13 @@ def test_each_mistake_is_told_in_its_place(text: str, line: str) -> None:
     assert mistakes(first + KEY + rest) == [f"c.toml: {line}"]
 
 
+def test_no_project_is_called_like_those_that_have_no_name() -> None:
+    """Books and metrics could not tell its events from those with keys of their own."""
+    why = "'other' is the label of events with keys of their own: choose another"
+    assert mistakes(KEY + 'name = "other"\n') == [f"c.toml: project.name: {why}"]
+    assert not read(KEY).any_key
+
+
 @pytest.mark.parametrize(
     ("host", "wrong"),
     [

@@ -1,9 +1,11 @@
 """`agent.deliver.reply`: one right verdict for each thing that may answer."""
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent.deliver import v1
 from agent.deliver.reply import LONGEST_AFTER, REASON_BYTES, read_reply, server_clock
 from agent.deliver.verdict import Accepted, Refused, Rejected, Retry, Split, Verdict
 
@@ -120,6 +122,27 @@ def test_a_verdicts_text_is_short_printable_and_without_keys() -> None:
     assert verdict.reason.startswith("bad key *** or *** ")
     assert verdict.reason.isprintable()
     assert len(verdict.reason.encode()) <= REASON_BYTES
+
+
+@pytest.mark.parametrize("key", ["of-the-old-kind", 'odd"of\\a kind'])
+def test_the_key_that_was_sent_is_never_told(key: str) -> None:
+    """Not every key begins like one; a reply may repeat it plainly, as JSON, or across where it is cut."""
+    for told in (
+        key.encode(),
+        msgspec.json.encode(key),
+        b" " * 3985 + key.encode(),
+        b"x" * 495 + key.encode(),
+    ):
+        for read in (read_reply, v1.read):
+            verdict = read(400, {}, b"bad key " + told, NOW, key=key)
+            assert isinstance(verdict, Rejected)
+            assert "kind" not in verdict.reason
+            assert key[:5] not in verdict.reason
+
+
+def test_what_is_too_short_for_a_key_stays() -> None:
+    """It could be any word of PostHog's."""
+    assert read_reply(400, {}, b"a bad batch", NOW, key="a") == Rejected("a bad batch")
 
 
 @given(

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 import structlog
 import trio
 
+from agent.checks import wrong_key
 from agent.config import Project
 from agent.deliver import v1, wire
 from agent.deliver.client import BODY_START, Reply
@@ -86,7 +87,13 @@ class Courier:
         return "v1" if trio.current_time() >= self._absent_until else "batch"
 
     async def carry(self, batch: Batch, last: Attempt | None) -> tuple[Verdict | Damaged, Attempt | None]:
-        """One request, or two where v1 turns out not to be served; and what the next one must know."""
+        """One request, or two where v1 turns out not to be served; and what the next one must know.
+
+        None for what no project's key can be: not every text can be sent in v1's header, and that would be
+        taken for a wrong host.
+        """
+        if batch.key is not None and (wrong := wrong_key(batch.key)):
+            return Refused("key", f"a key that a client sent {wrong}"), last
         if self.protocol == "v1" and not (batch.long and self._settings.protocol == "auto"):
             attempt = self._attempt(batch, last)
             verdict = await self._by_v1(batch, attempt)
