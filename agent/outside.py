@@ -123,7 +123,7 @@ class Outside:
         ]
         facts += [DeliveryFacts(name, 0, ("unconfigured",), None) for name in self._unconfigured()]
         if has_others(self._config, self._buffer.books(), self._deliveries):
-            held = {keys.reason for delivery in self._deliveries for keys in delivery.keys.clients()}
+            held = {reason for delivery in self._deliveries for reason in delivery.keys.reasons}
             facts.append(DeliveryFacts(OTHER, None, held, None))
         return facts
 

@@ -110,6 +110,7 @@ def test_it_is_told_by_reason_and_never_by_key() -> None:
     keys = refused("phc_one", "phc_two")
     keys.hold("phc_three", "billing", "phc_three owes", 5.0, lowest)
     assert keys.clients() == [HeldKeys("billing", 1, 5.0, 50.0), HeldKeys("key", 2, 0.0, 45.0)]
+    assert keys.reasons == ["billing", "key"]
     assert "phc" not in repr([keys, keys.clients(), keys._held.values()])
     assert all("phc" not in held.hold.why for held in keys._held.values())
 

@@ -37,7 +37,7 @@ from agent.buffer.lanes import Lane, Lanes, Queue, Stranger
 from agent.buffer.waiting import Waiting
 from agent.events import Chunk, Tally, label_of
 
-# A chunk's objects beside its packed bytes, with a key of its own; sys.getsizeof of them, rounded up.
+# A chunk's objects beside its packed bytes, where each has a key of its own; measured, rounded up.
 CHUNK_OVERHEAD = 800
 # Dead letters take at most this part of the bound.
 DEAD_SHARE = 10

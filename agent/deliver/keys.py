@@ -19,7 +19,7 @@ Key = str | None
 # Each held key costs a request in about a minute, so these cost 4 a second. No host's programs report to so
 # many projects with a wrong key.
 MOST_HELD = 256
-# Keys that worked last. As many as the buffer tells apart.
+# Keys that worked last; as many as the buffer has lanes.
 MOST_WORKED = 1024
 
 
@@ -77,6 +77,11 @@ class Keys:
     def own(self) -> Hold | None:
         """Why the events of the project's own key are held."""
         return self._held[None].hold if None in self._held else None
+
+    @property
+    def reasons(self) -> list[Held]:
+        """Why any keys that clients sent are held."""
+        return sorted({hold.reason for hold in self._clients()})
 
     def clients(self) -> list[HeldKeys]:
         """The held keys that clients sent, by reason."""

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, Protocol
 
 from agent.deliver.verdict import Accepted, Refused, Retry, Verdict
 
-Held = Literal["key", "billing", "host", "breaker", "rejected", "unconfigured"]
+Held = Literal["key", "billing", "host", "breaker", "rejected"]
 
 # Draws a number between two others, each as likely (`random.uniform`).
 Uniform = Callable[[float, float], float]

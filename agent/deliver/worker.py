@@ -292,7 +292,7 @@ class Delivery:
 
     def _tell_clients(self) -> None:
         """The same of keys that clients sent, without any of them: one line for all."""
-        state = ", ".join(held.reason for held in self.keys.clients())
+        state = ", ".join(self.keys.reasons)
         if state == self._clients_state:
             return
         self._clients_state = state
