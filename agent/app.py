@@ -46,8 +46,8 @@ STOP_SECONDS = 3.7  # all of these together
 
 ADMIN_MODE = 0o660
 
-# Descriptors that clients may not have: some 20 are the agent's own, the others are for who looks at it.
-KEPT_DESCRIPTORS = 48
+# Descriptors that clients may not have: some 20 are the agent's own, 32 are for who looks at it.
+KEPT_DESCRIPTORS = 64
 
 
 class Agent:

@@ -12,13 +12,18 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, cast
 
+import h11
 import trio
 from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config
+from hypercorn.protocol.h11 import H11Protocol
+from hypercorn.trio.task_group import TaskGroup
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState
+from hypercorn.utils import parse_socket_addr
 
+from agent.guard import Guard
 from agent.places import accept_all
 
 # ASGI's own shapes: its messages are dicts whose fields depend on their type.
@@ -34,8 +39,6 @@ MAX_HEAD = 64 * 1024
 KEEP_ALIVE = 75.0
 # Hypercorn ends a connection after 1,000, upon which a client that does not look for that fails once.
 MOST_REQUESTS = 2**31
-# For pages that people and their monitoring look at.
-MOST_CONNECTIONS = 256
 
 
 async def serve(
@@ -43,10 +46,10 @@ async def serve(
     sockets: Sequence[socket.socket],
     *,
     shutdown: trio.Event,
+    max_connections: int,
     grace: float = 3.0,
     max_body: int = 1024 * 1024,
     keep_alive: float = KEEP_ALIVE,
-    max_connections: int = MOST_CONNECTIONS,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Answer requests until `shutdown` is set, then give open ones `grace` seconds.
@@ -92,15 +95,17 @@ class _Served:
         self.context = WorkerContext(None)
         self._app = ASGIWrapper(cast("Any", app))  # whose messages have types of Hypercorn's own
         self._config = config
+        self._guard = Guard("HTTP")
         self._open: set[trio.socket.SocketType] = set()
 
     async def connection(self, sock: trio.socket.SocketType) -> None:
         """Serve one client to its end."""
         self._open.add(sock)
+        stream: Any = trio.SocketStream(sock)  # Hypercorn's annotation knows those of TLS only
+        connection = _Connection(self._app, self._config, self.context, ConnectionState({}), stream)
         try:
             with sock:
-                stream: Any = trio.SocketStream(sock)  # Hypercorn asks by itself whether it is TLS
-                await _Connection(self._app, self._config, self.context, ConnectionState({}), stream)
+                await self._guard.keep(connection.run)
         finally:
             self._open.discard(sock)
             self.places.release()
@@ -120,18 +125,60 @@ class _Served:
 
 
 class _Connection(TCPServer):
-    """Ends when its client has left; Hypercorn's keeps its place until the idle time is over."""
+    """One client, in HTTP/1.1; it ends when the client has left.
 
-    async def _read_data(self) -> None:
-        await super()._read_data()
-        await self.idle_task.stop()
+    Hypercorn's would keep its place until the idle time is over, and speak HTTP/2 and web sockets too, where
+    a few odd bytes raise what it does not catch.
+    """
+
+    async def run(self) -> None:
+        """Serve it."""
+        sock: trio.socket.SocketType = self.stream.socket
+        try:
+            client, server = sock.getpeername(), sock.getsockname()
+            async with TaskGroup() as group:
+                self._task_group = group
+                protocol = _Http11(
+                    self.app,
+                    self.config,
+                    self.context,
+                    group,
+                    ConnectionState({}),
+                    False,
+                    parse_socket_addr(sock.family, client),
+                    parse_socket_addr(sock.family, server),
+                    self.protocol_send,
+                )
+                self.protocol = protocol  # type: ignore[assignment]  # what wraps it only changes protocols
+                await self.idle_task.restart(group, self._idle_timeout)
+                await self._read_data()
+                await self.idle_task.stop()
+        except OSError:  # the client has gone
+            pass
+        finally:
+            await self._close()
+
+
+class _Http11(H11Protocol):
+    """Ignores that a client would rather speak another protocol, as HTTP allows (RFC 9110, section 7.8)."""
+
+    async def _check_protocol(self, event: h11.Request) -> None:
+        """HTTP/1.1 it stays."""
+
+    async def _create_stream(self, request: h11.Request) -> None:
+        headers = [(name, value) for name, value in request.headers if name != b"upgrade"]
+        if len(headers) < len(request.headers):
+            request = h11.Request(
+                method=request.method,
+                target=request.target,
+                headers=headers,
+                http_version=request.http_version,
+            )
+        await super()._create_stream(request)
 
 
 async def _bounded(app: App, max_body: int, scope: Message, receive: Receive, send: Send) -> None:
     """The app for one request; a body that outgrows `max_body` ends it with a 413."""
-    if scope["type"] != "http":
-        await app(scope, receive, send)
-        return
     exchange = _Exchange(scope, receive, send, max_body)
     with exchange.patience:
         await app(scope, exchange.receive, exchange.send)

@@ -25,6 +25,11 @@ from agent.timekeeper import Timekeeper
 
 log = structlog.get_logger("agent")
 
+# Who looks at the pages at the same time, on each of their two sockets: people, their monitoring, commands.
+VIEWERS = 16
+# An idle viewer's place is soon another's; Prometheus comes back each 15 s or more, and reconnects.
+VIEWER_SECONDS = 15.0
+
 
 class Outside:
     """The deliveries and the pages of one agent; `state` is what the pages call it."""
@@ -162,4 +167,11 @@ class Outside:
 async def _serve(
     app: httpd.App, sock: socket, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
 ) -> None:
-    await httpd.serve(app, [sock], shutdown=trio.Event(), task_status=task_status)
+    await httpd.serve(
+        app,
+        [sock],
+        shutdown=trio.Event(),
+        max_connections=VIEWERS,
+        keep_alive=VIEWER_SECONDS,
+        task_status=task_status,
+    )

@@ -95,7 +95,9 @@ async def serving(app: httpd.App, port: int = 0) -> AsyncIterator[str]:
     """An app on a port of this machine; it is closed when the block is left."""
     shutdown = trio.Event()
     with socket.create_server(("127.0.0.1", port)) as sock:
-        serve = partial(httpd.serve, app, [sock], shutdown=shutdown, grace=0.05, max_body=20 * 2**20)
+        serve = partial(
+            httpd.serve, app, [sock], shutdown=shutdown, max_connections=50, grace=0.05, max_body=20 * 2**20
+        )
         async with trio.open_nursery() as nursery:
             await nursery.start(serve)
             yield f"http://127.0.0.1:{sock.getsockname()[1]}"

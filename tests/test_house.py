@@ -43,6 +43,7 @@ ROOMS = {
     "agent.deliver.pace": "delivery logic",
     "agent.httpc": "tool",
     "agent.httpd": "tool",
+    "agent.guard": "tool",
     "agent.places": "tool",
     "agent.logs": "tool",
     "agent.memory": "tool",
@@ -223,7 +224,7 @@ def test_one_place_catches_everything() -> None:
         if isinstance(node, ast.ExceptHandler)
         and (node.type is None or (isinstance(node.type, ast.Name) and node.type.id == "Exception"))
     ]
-    assert found == ["agent.accept.guard"]
+    assert found == ["agent.guard"]
 
 
 @pytest.mark.parametrize("tool", ["ruff check .", "ruff format --check .", "mypy"])

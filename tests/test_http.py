@@ -269,36 +269,6 @@ async def test_more_clients_wait_until_one_leaves() -> None:
             await taken.settled(1)
 
 
-async def test_too_many_requests_are_told_to_come_again() -> None:
-    """HTTP/2 has many on one connection; those that are under way stay."""
-
-    async def slowly() -> AsyncIterator[bytes]:
-        yield batch(event())
-        while taken.source.connections:
-            await trio.sleep(0.005)
-            if told.is_set():
-                return
-
-    told = trio.Event()
-    async with taking(http(max_connections=1)) as taken:
-        url = f"http://{taken.source.address}/batch/"
-        async with (
-            httpx.AsyncClient(http1=False, http2=True, timeout=20) as sdk,
-            trio.open_nursery() as nursery,
-        ):
-
-            async def first() -> None:
-                assert (await sdk.post(url, content=slowly())).status_code == 200
-
-            assert (await sdk.get(url.removesuffix("batch/"))).http_version == "HTTP/2"
-            nursery.start_soon(first)
-            while not taken.source.connections:
-                await trio.sleep(0.005)
-            answer = await sdk.post(url, content=batch(event()))
-            assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
-            told.set()
-
-
 async def test_bodies_share_their_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond it a client is told to come again; what others hold stays."""
     monkeypatch.setattr(source, "BODIES_BYTES", 100_000)

@@ -4,7 +4,7 @@ import logging
 import os
 import socket
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -51,7 +51,9 @@ async def served(
     app: App, sockets: Sequence[socket.socket], *, grace: float = 5.0, max_body: int = 1_000_000
 ) -> AsyncIterator[trio.Event]:
     shutdown = trio.Event()
-    serve = partial(httpd.serve, app, sockets, shutdown=shutdown, grace=grace, max_body=max_body)
+    serve = partial(
+        httpd.serve, app, sockets, shutdown=shutdown, max_connections=50, grace=grace, max_body=max_body
+    )
     async with trio.open_nursery() as nursery:
         await nursery.start(serve)
         yield shutdown
@@ -220,3 +222,69 @@ async def test_only_errors_are_logged(
     errors = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert [record.name for record in errors] == ["agent.httpd"]
     assert capfd.readouterr() == ("", "")
+
+
+UPGRADE = (
+    b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+)
+H2C = b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings\r\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        UPGRADE + b"\r\n",
+        UPGRADE + b"Sec-WebSocket-Extensions: \xe9\r\n\r\n",
+        UPGRADE + b"Sec-WebSocket-Protocol: \xe9\r\n\r\n",
+        UPGRADE + b"\r\n\x81\x05hello\x88\x00",
+        H2C + b"HTTP2-Settings: A\r\n\r\n",
+        H2C + b"HTTP2-Settings: AAUAAAAA\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(9),
+        b"PRI * HTTP/2.0\r\n\r\n",
+        b"\xe9 / HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /\xe9 HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n",
+    ],
+)
+async def test_another_protocol_is_ignored_and_odd_bytes_end_only_their_client(text: bytes) -> None:
+    """No upgrade is agreed to, whatever is asked for; the next client is answered."""
+    listener, url = loopback()
+    with listener, trio.fail_after(10):
+        async with served(App(), [listener]), httpx.AsyncClient() as client:
+            async with await trio.open_tcp_stream(*listener.getsockname()) as odd:
+                await odd.send_all(text)
+                await odd.send_eof()
+                answer = b"".join([some async for some in odd])
+            assert b"101" not in answer.partition(b"\r\n")[0]
+            assert (await client.get(url)).status_code == 200
+
+
+async def test_what_nobody_foresaw_ends_one_client() -> None:
+    """An exception in the server itself is no more than the end of a connection."""
+    listener, url = loopback()
+
+    class Breaking(App):
+        async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+            if scope["path"] == "/break":
+                await send({"type": "http.response.start", "status": 200, "headers": [(b"a\n", b"b")]})
+            await super().__call__(scope, receive, send)
+
+    with listener, trio.fail_after(10):
+        async with served(Breaking(), [listener]), httpx.AsyncClient() as client:
+            for _ in range(3):
+                with suppress(httpx.TransportError):
+                    await client.get(url + "/break")
+            assert (await client.get(url)).status_code == 200
+
+
+async def test_a_client_that_has_left_gives_its_place_back_at_once() -> None:
+    """As many as come, one after the other, are served by as many places as there are."""
+    listener, url = loopback()
+    with listener, trio.fail_after(20):
+        async with served(App(), [listener]):
+            for _ in range(120):  # beyond the 50 places
+                async with await trio.open_tcp_stream(*listener.getsockname()):
+                    pass
+            async with httpx.AsyncClient() as client:
+                assert (await client.get(url)).status_code == 200

@@ -114,9 +114,6 @@ class HttpSource:
 
     async def _serve(self, flags: httpd.App, scope: Message, receive: Receive, send: Send) -> None:
         """One request, as ASGI has it."""
-        if scope["type"] != "http":  # a web socket
-            await send({"type": "websocket.close"})
-            return
         if scope["path"] in FLAGS:
             await flags(scope, receive, send)
             return
@@ -139,8 +136,6 @@ class HttpSource:
             return Answer(405)
         if scope["method"] == "OPTIONS":
             return Answer(200, b'{"status":"Ok"}', JSON)
-        if self.requests >= self._settings.max_connections:
-            return dialect.trouble("busy")
         self.requests += 1
         try:
             return await self._take(dialect, scope, receive)

@@ -11,12 +11,12 @@ import structlog
 import trio
 
 from agent.accept.connection import Connection, Partials, Reader
-from agent.accept.guard import guarded
 from agent.accept.peer import PlainPeer, TlsPeer
 from agent.accept.putter import Putter
 from agent.accept.sender import Senders, peer_of
 from agent.clock import Clock
 from agent.events import Origin
+from agent.guard import Guard
 from agent.places import accept_all
 
 # To whom may not send here.
@@ -51,6 +51,7 @@ class StreamSource:
         self._tls = tls
         self._senders = senders
         self._allowed = allowed
+        self._guard = Guard("connection")
         self.turned_away = 0
         self._named: set[int | None] = set()
         self.partials = Partials()
@@ -89,7 +90,7 @@ class StreamSource:
                 if self.stopping:
                     connection.stop()
                 try:
-                    await guarded(connection.run, "connection")
+                    await self._guard.keep(connection.run)
                 finally:
                     self.connections.discard(connection)
         finally:

@@ -46,6 +46,7 @@ __all__ = [
 PATHS = ("/batch", "/i/v0/e", "/e", "/track", "/capture", "/engage")
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 KEPT = 10_000  # events kept by default: some 30 MB
+CONNECTIONS = 1000  # more than the agents of a test open; more wait
 # What a captive portal shows whoever is not logged in, whatever was asked for.
 PORTAL = Reply(
     200, b"<!DOCTYPE html><html><title>Log in</title></html>", {"content-type": "text/html; charset=utf-8"}
@@ -275,7 +276,13 @@ async def serving(
     with listener or socket.create_server(("127.0.0.1", 0)) as sock:
         host, port = sock.getsockname()[:2]
         serve = partial(
-            httpd.serve, sink.app, [sock], shutdown=shutdown, grace=grace, max_body=2 * WIRE_LIMIT
+            httpd.serve,
+            sink.app,
+            [sock],
+            shutdown=shutdown,
+            max_connections=CONNECTIONS,
+            grace=grace,
+            max_body=2 * WIRE_LIMIT,
         )
         async with trio.open_nursery() as nursery:
             await nursery.start(serve)

@@ -44,7 +44,9 @@ async def posthog(sink: Sink, port: int) -> AsyncIterator[None]:
     stop = trio.Event()
     with socket.create_server(("127.0.0.1", port)) as sock:
         async with trio.open_nursery() as nursery:
-            await nursery.start(partial(httpd.serve, app, [sock], shutdown=stop, grace=0.1))
+            await nursery.start(
+                partial(httpd.serve, app, [sock], shutdown=stop, max_connections=50, grace=0.1)
+            )
             yield
             stop.set()
 
