@@ -6,7 +6,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from sqlite_utils import Database
 from test_buffer_contract import ALL, FULL, LARGE, assert_balanced, chunk, put, take, total
 
 from agent import AgentError, config
-from agent.buffer import BufferBroken, BufferBusy, Entry
+from agent.buffer import BufferBroken, BufferBusy, Entry, Limits
 from agent.buffer.file import APPLICATION_ID
 from agent.buffer.schema import first_tables
 from agent.buffer.sqlite import SqliteBuffer, open_sqlite
@@ -335,3 +335,32 @@ async def test_space_is_given_back(tmp_path: Path) -> None:
             before = store.free_pages
             store.give_back_pages(64)
             assert store.free_pages < before
+
+
+async def test_what_cannot_be_settled_is_neither_taken_again_nor_settled_twice(small_disk: Path) -> None:
+    """While the disk is full a delivered lease stays out, whoever gives it back; then it is settled once."""
+    ballast = small_disk / "ballast"
+    async with opened(small_disk / "b.db", max_size=64 * 2**20) as buffer:
+        for number in range(20):
+            await put(buffer, chunk(number, size=LARGE // 4))
+        ballast.write_bytes(b"")
+        with suppress(OSError), ballast.open("ab", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        with trio.move_on_after(0.5):  # the log has pages of its own that are free yet
+            while True:
+                await put(buffer, chunk(100))
+        delivered = 0
+        while (lease := await buffer.take(Limits(5000, 2**30), "default")) is not None:
+            delivered += sum(piece.events for piece in lease.chunks)
+            with trio.move_on_after(0):
+                await buffer.settle(lease)
+            await buffer.release(lease)
+        assert buffer.books()[Entry("delivered", "default", "")] < delivered
+        assert "full" in buffer.trouble
+        ballast.unlink()
+        with trio.fail_after(20):
+            while buffer.stats().events:
+                await trio.sleep(0.05)
+        books = buffer.books()
+        assert books[Entry("delivered", "default", "")] == books[Entry("accepted", "app", "")] == delivered

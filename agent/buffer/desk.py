@@ -6,7 +6,17 @@ from typing import Generic, TypeVar
 import msgspec
 import trio
 
-from agent.buffer import NOBODY, BufferBroken, DeadEvent, DeadLetter, Lease, LettersKept, Limits, Replayed
+from agent.buffer import (
+    NOBODY,
+    PARTING_SECONDS,
+    BufferBroken,
+    DeadEvent,
+    DeadLetter,
+    Lease,
+    LettersKept,
+    Limits,
+    Replayed,
+)
 from agent.buffer.rows import Deposit, Settlement, Taking
 from agent.buffer.store import Store
 from agent.events import Chunk, Tally
@@ -109,10 +119,15 @@ class Desk:
         damaged: int = 0,
         warned: int = 0,
     ) -> None:
-        """See `Buffer.settle`. Cancelled, it is done all the same."""
+        """See `Buffer.settle`. Cancelled, it is done all the same, and waited for a moment."""
         asked = Asked(Settlement(lease, dead, rest, damaged, warned))
         self._settlements.append(asked)
-        await self._done(asked)
+        try:
+            await self._done(asked)
+        except trio.Cancelled:
+            with trio.move_on_after(PARTING_SECONDS, shield=True):
+                await asked.done.wait()
+            raise
 
     async def release(self, lease: Lease) -> None:
         """See `Buffer.release`."""
@@ -164,7 +179,12 @@ class Desk:
         await asked.done.wait()
 
     def _next_group(self) -> Group:
-        group = Group(self._settlements, [], self._releases, self._takings, self._errands)
+        # What is being settled is not given back, however often that has to be tried: else it would be
+        # delivered again meanwhile, and settled twice.
+        settled = {id(asked.what.lease) for asked in self._settlements}
+        releases = [asked for asked in self._releases if id(asked.what) not in settled]
+        ring(asked for asked in self._releases if id(asked.what) in settled)
+        group = Group(self._settlements, [], releases, self._takings, self._errands)
         self._settlements, self._releases, self._takings, self._errands = [], [], [], []
         size = 0
         later = []

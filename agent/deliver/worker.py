@@ -8,7 +8,7 @@ from typing import NamedTuple
 import structlog
 import trio
 
-from agent.buffer import PARTING_SECONDS, Buffer, Lease, Limits, leased
+from agent.buffer import Buffer, Lease, Limits, leased
 from agent.config import Project
 from agent.deliver.courier import Attempt, Courier, Posting
 from agent.deliver.keys import Key, Keys
@@ -100,9 +100,8 @@ class Delivery:
                     await self._ship(shipment, lease, probe=probe)
                 finally:
                     shipment.stop()
-                    if shipment.progressed:
-                        with trio.move_on_after(PARTING_SECONDS, shield=True):
-                            await self._settle(lease, shipment)
+                    if shipment.progressed:  # while that cannot be written, nothing more is sent
+                        await self._settle(lease, shipment)
             if probe:
                 self.keys.done(lease.key)
                 self._look_again()
