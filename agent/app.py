@@ -118,7 +118,7 @@ class Agent:
                 stopped = trio.current_time()
                 showing.start_soon(_close_door, buffer, accepting.cancel_scope)
             if accepting.cancel_scope.cancelled_caught:
-                log.error("the buffer did not answer; what was received and not acknowledged is lost")
+                log.error("there was no time to put all that was received; the rest is counted as shed")
             watching.cancel_scope.cancel()
             outside.drain()
             patience = min(trio.current_time() + DRAIN_SECONDS, stopped + STOP_SECONDS)

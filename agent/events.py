@@ -152,7 +152,8 @@ def sample(line: bytes) -> str:
 class Tally(msgspec.Struct, frozen=True, kw_only=True):
     """What reads of one source amounted to; enters the books in the commit of their chunks.
 
-    `restamped` counts events whose own timestamp could not be read.
+    `restamped` counts events whose own timestamp could not be read, `given_up` lines that a shutdown left no
+    time for.
     """
 
     source: str
@@ -160,3 +161,4 @@ class Tally(msgspec.Struct, frozen=True, kw_only=True):
     rejected: Mapping[Reason, int] = msgspec.field(default_factory=dict)
     truncated: int = 0
     restamped: int = 0
+    given_up: int = 0

@@ -161,7 +161,9 @@ class Outside:
         """Why events cannot be taken now; empty when they can."""
         if self.state != "running":
             return f"the agent is {self.state}"
-        return f"the buffer cannot be written: {self._buffer.trouble}" if self._buffer.trouble else ""
+        if self._buffer.trouble:
+            return f"the buffer cannot be written: {self._buffer.trouble}"
+        return "the buffer is full; senders wait" if self._buffer.stats().waiting else ""
 
 
 async def _serve(

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import trio
 
 from agent.accept.rates import Rates
-from agent.buffer import Buffer
+from agent.buffer import PARTING_SECONDS, Buffer
 from agent.decode.ndjson import count_byte, count_lines
-from agent.events import CHUNK_BYTES, CHUNK_EVENTS, UNREMARKABLE, Denied, Instant, Read, Reject
+from agent.events import CHUNK_BYTES, CHUNK_EVENTS, UNREMARKABLE, Denied, Instant, Read, Reject, Tally
 from agent.texts import RANDOM_BITS
 from agent.vouch import Decoded, Door
 
@@ -145,13 +145,24 @@ class Putter:
         self._enough.set()
 
     async def run(self) -> None:
-        """Put what is offered until closed."""
-        while self._offers or not self._closing:
-            if not self._offers:
-                self._some = trio.Event()
-                await self._some.wait()
-                continue
-            await self._put(await self._gather())
+        """Put what is offered until closed. Cancelled, it books what it leaves."""
+        try:
+            while self._offers or not self._closing:
+                if not self._offers:
+                    self._some = trio.Event()
+                    await self._some.wait()
+                    continue
+                await self._put(await self._gather())
+        finally:
+            if self._offers:
+                with trio.move_on_after(PARTING_SECONDS, shield=True):
+                    await self._give_up()
+
+    async def _give_up(self) -> None:
+        """Enter what was read and there was no time for."""
+        reads = [offered.read for offered in self._offers]
+        lines = sum(map(_lines_of, reads))
+        await self._buffer.put((), Tally(source=self._source, received=lines, given_up=lines))
 
     async def _gather(self) -> list[Part]:
         """What the next put takes; where more waits than fills a chunk, chunks that are full."""
@@ -189,7 +200,11 @@ class Putter:
         decoded = self._door.vouch(reads, self._random.getrandbits(RANDOM_BITS))
         if decoded.tally.received:
             events = sum(chunk.events for chunk in decoded.chunks)
-            taken = await self._buffer.put(decoded.chunks, decoded.tally)
+            try:
+                taken = await self._buffer.put(decoded.chunks, decoded.tally)
+            except trio.Cancelled:
+                self._offers.extendleft(Offered(read) for read in reversed(reads))
+                raise
             self._remember(decoded.rejects, reads[0].at)
             _tell(gathered, decoded, shed=taken < events)
         else:
@@ -206,6 +221,12 @@ class Putter:
             if refusal != told or reject.reason not in UNREAD:
                 self.recent.append(refusal)
             told = refusal
+
+
+def _lines_of(read: Read) -> int:
+    """How many lines a read has, those that it has only the count of too."""
+    denied = read.denied.lines if read.denied is not None else 0
+    return count_lines(read.lines) + denied + (read.cut is not None)
 
 
 def _tell(gathered: Sequence[Part], decoded: Decoded, *, shed: bool) -> None:

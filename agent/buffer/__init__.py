@@ -292,6 +292,7 @@ def entries_put(tally: Tally, taken: int, refused: int) -> Books:
             Entry("received", tally.source, ""): tally.received,
             Entry("accepted", tally.source, ""): taken,
             Entry("shed", tally.source, "full_newest"): refused,
+            Entry("shed", tally.source, "shutdown"): tally.given_up,
             Entry("truncated", tally.source, ""): tally.truncated,
             Entry("restamped", tally.source, ""): tally.restamped,
         }

@@ -95,7 +95,11 @@ class Desk:
                 self._deposits.remove(asked)
                 self._full = False  # what waited behind it may be smaller
                 self._bell.set()
-            raise
+                raise
+            with trio.move_on_after(PARTING_SECONDS, shield=True):  # it is just being written
+                await asked.done.wait()
+            if asked.what.taken is None:
+                raise
         return asked.what.taken or 0
 
     async def take(
