@@ -28,6 +28,8 @@ from agent.config import Admin, Config, Http, Stream
 from agent.config import Source as Settings
 from agent.memory import keep_freed, settle_in
 from agent.metrics import Metrics
+from agent.notify import Notices
+from agent.pulse import Pulse, status_line
 from agent.source_checks import ADMIN_SOCKET
 from agent.systemd import NOTHING, UNIX_STREAM, Passed
 from agent.timekeeper import Timekeeper
@@ -46,6 +48,9 @@ STOP_SECONDS = 3.7  # all of these together
 
 ADMIN_MODE = 0o660
 
+# How long a stop waits for systemd to take the news; it needs none.
+TELL_SECONDS = 0.2
+
 # Descriptors that clients may not have: some 20 are the agent's own, 32 are for who looks at it.
 KEPT_DESCRIPTORS = 64
 
@@ -53,13 +58,14 @@ KEPT_DESCRIPTORS = 64
 class Agent:
     """One agent; `ready` is set when its sources take events, setting `stop` ends it in order."""
 
-    def __init__(self, config: Config, passed: Passed = NOTHING) -> None:
+    def __init__(self, config: Config, passed: Passed = NOTHING, notices: Notices | None = None) -> None:
         self.config = config
         self.ready = trio.Event()
         self.stop = trio.Event()
         self.sources: list[Source] = []
         self.pages = ""  # the address of the pages, empty where there is none
         self._passed = passed
+        self._notices = notices or Notices()
         self._metrics = Metrics()
         self._clock = Clock()
 
@@ -100,6 +106,7 @@ class Agent:
             self.sources.append(source)
         timekeeper = Timekeeper(self._clock, buffer)
         await timekeeper.look()  # before anything is stamped
+        pulse = Pulse(self._notices, buffer)
         async with trio.open_nursery() as delivering, trio.open_nursery() as watching:
             watching.start_soon(timekeeper.run)
             async with trio.open_nursery() as accepting:
@@ -108,13 +115,17 @@ class Agent:
                 places = [f"{source.settings.name} at {source.address}" for source in self.sources]
                 log.info("ready", sources=", ".join(places), buffer=self.config.buffer.path)
                 self.ready.set()
+                watching.start_soon(pulse.run)
                 outside = await self._load_outside(buffer, timekeeper)
                 await delivering.start(outside.deliver)
+                pulse.outside = outside
                 await showing.start(outside.show, pages)
                 settle_in()
                 await self.stop.wait()
                 outside.state = "stopping"
                 log.info("stopping", buffered=buffer.stats().events)
+                with trio.move_on_after(TELL_SECONDS):
+                    await self._notices.stopping(f"stopping, {status_line(buffer.stats().events, {}, '')}")
                 stopped = trio.current_time()
                 showing.start_soon(_close_door, buffer, accepting.cancel_scope)
             if accepting.cancel_scope.cancelled_caught:

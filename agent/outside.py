@@ -116,6 +116,17 @@ class Outside:
                 await nursery.start(_serve, app, sock)
             task_status.started()
 
+    @property
+    def ways(self) -> dict[str, str]:
+        """The state of each project's delivery, by its name."""
+        return {delivery.project.name: delivery.state for delivery in self._deliveries}
+
+    def wedged(self) -> str:
+        """Which delivery makes no progress and never will, and why; empty where there is none."""
+        now = trio.current_time()
+        found = ((delivery.project.name, delivery.wedged(now)) for delivery in self._deliveries)
+        return next((f"delivery of {name}: {why}" for name, why in found if why), "")
+
     def _facts(self) -> list[DeliveryFacts]:
         facts = [
             DeliveryFacts(

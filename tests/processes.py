@@ -106,35 +106,49 @@ def configure(folder: Path, url: str, more: str = "") -> Path:
 
 
 @asynccontextmanager
-async def running(
-    config: Path, before: Sequence[str] = (), descriptors: Sequence[int] = ()
+async def started(
+    config: Path,
+    before: Sequence[str] = (),
+    descriptors: Sequence[int] = (),
+    env: Mapping[str, str] | None = None,
 ) -> AsyncIterator[Running]:
-    """A ready agent for a block; what is left of it at the end is killed. `before`: what runs it."""
+    """An agent for a block; what is left of it at the end is killed. `before`: what runs it."""
     folder = config.parent
     with (folder / "log").open("ab") as log:
         process = await trio.lowlevel.open_process(
             [*before, *COMMAND, "run", "--config", str(config)],
             stdout=log,
             stderr=log,
-            env=ENVIRONMENT,
+            env={**ENVIRONMENT, **(env or {})},
             pass_fds=descriptors,
         )
-    agent = Running(process, folder)
     try:
+        yield Running(process, folder)
+    finally:
+        if process.poll() is None:
+            process.kill()
+        with trio.CancelScope(shield=True):
+            await process.wait()
+
+
+@asynccontextmanager
+async def running(
+    config: Path,
+    before: Sequence[str] = (),
+    descriptors: Sequence[int] = (),
+    env: Mapping[str, str] | None = None,
+) -> AsyncIterator[Running]:
+    """A ready agent for a block; what is left of it at the end is killed. `before`: what runs it."""
+    async with started(config, before, descriptors, env) as agent:
         with trio.fail_after(30):
             while True:
                 try:
                     await agent.status()
                     break
                 except httpx.TransportError:
-                    assert process.poll() is None, agent.log()
+                    assert agent.process.poll() is None, agent.log()
                     await trio.sleep(0.02)
         yield agent
-    finally:
-        if process.poll() is None:
-            process.kill()
-        with trio.CancelScope(shield=True):
-            await process.wait()
 
 
 def parsed(text: str) -> list[dict[str, Any]]:

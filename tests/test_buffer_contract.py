@@ -763,3 +763,13 @@ def _agree(buffer: Buffer, model: Model) -> None:
     assert total(buffer, "delivered") == model.delivered
     assert total(buffer, "dead", "rejected") == model.dead
     assert_balanced(buffer)
+
+
+async def test_it_answers(opened: Opener) -> None:
+    """Also while it is full and a put waits: that is no standstill."""
+    async with opened(max_size=FULL, when_full="block") as buffer, trio.open_nursery() as nursery:
+        await buffer.answer()
+        nursery.start_soon(buffer.put, [chunk(1, size=2 * FULL)], tally(10))
+        await trio.testing.wait_all_tasks_blocked()
+        await buffer.answer()
+        nursery.cancel_scope.cancel()

@@ -5,6 +5,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 import trio
+import trio.testing
 from processes import ENVIRONMENT
 from sqlite_utils import Database
 from test_buffer_contract import ALL, FULL, LARGE, assert_balanced, chunk, put, take, total
@@ -364,3 +366,22 @@ async def test_what_cannot_be_settled_is_neither_taken_again_nor_settled_twice(s
                 await trio.sleep(0.05)
         books = buffer.books()
         assert books[Entry("delivered", "default", "")] == books[Entry("accepted", "app", "")] == delivered
+
+
+async def test_it_does_not_answer_while_its_writer_hangs(tmp_path: Path) -> None:
+    """Until what hangs has ended; then it does."""
+    disk = threading.Event()
+    async with opened(tmp_path / "b.db") as buffer, trio.open_nursery() as nursery:
+        nursery.start_soon(buffer._run, lambda _store: disk.wait())
+        await trio.testing.wait_all_tasks_blocked()
+        answered = trio.Event()
+
+        async def ask() -> None:
+            await buffer.answer()
+            answered.set()
+
+        nursery.start_soon(ask)
+        await trio.testing.wait_all_tasks_blocked()
+        assert not answered.is_set()
+        disk.set()
+        await answered.wait()

@@ -6,11 +6,12 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import pytest
 import trio
 import trio.lowlevel
+import trio.testing
 from sources import line
 from trio.testing import MockClock
 
@@ -561,3 +562,39 @@ async def test_draining_ends_when_all_is_delivered(mock_clock: MockClock) -> Non
                 while nursery.child_tasks:
                     await trio.sleep(0.01)
         assert buffer.stats().events == 0
+
+
+class Hanging:
+    """A way out on which no request ever ends, not even by its timeout."""
+
+    async def post(self, *_: object, **__: object) -> NoReturn:
+        await trio.sleep_forever()
+        raise AssertionError
+
+
+async def test_a_request_that_does_not_end_is_a_delivery_that_is_wedged(mock_clock: MockClock) -> None:
+    """Not a moment's doubt while it may still end by its timeout, nor while nothing is to be delivered."""
+    async with open_memory(MEMORY) as buffer, trio.open_nursery() as nursery:
+        project = config.Project(api_key=KEY, delivery=config.Delivery(linger=0.05, timeout=30.0))
+        out = Delivery(project, buffer, Hanging(), Metrics(), Clock().now)
+        nursery.start_soon(out.run)
+        await trio.testing.wait_all_tasks_blocked()
+        assert out.wedged(trio.current_time() + 1000) == ""
+        decoded = DOOR.vouch([Read(line(), Clock().now())], 0)
+        await buffer.put(decoded.chunks, decoded.tally)
+        while buffer.stats().unleased.get("default"):
+            await trio.sleep(0.002)
+        await trio.testing.wait_all_tasks_blocked()
+        assert out.wedged(trio.current_time() + 60) == ""
+        assert out.wedged(trio.current_time() + 100) == "a request does not end"
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_delivery_that_ends_as_it_should_is_not_wedged(mock_clock: MockClock) -> None:
+    """Its workers end once everything is delivered; a request that was answered is over."""
+    async with delivering(Sink(), mock_clock) as out:
+        await out.put([line(number) for number in range(10)])
+        await out.emptied()
+        out.delivery.drain()
+        await trio.testing.wait_all_tasks_blocked()
+        assert out.delivery.wedged(trio.current_time() + 1000) == ""

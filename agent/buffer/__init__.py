@@ -202,6 +202,9 @@ class Buffer(Protocol):
         Raises `BufferBroken` where it cannot be written.
         """
 
+    async def answer(self) -> None:
+        """Return once whoever writes has taken this up too: a sign that it turns, not that it can write."""
+
     def stats(self) -> Stats:
         """What it holds now."""
 

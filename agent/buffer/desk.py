@@ -147,6 +147,10 @@ class Desk:
         """See `Buffer.note_drops`."""
         await self._run(lambda store: store.note_drops(source, socket, total))
 
+    async def answer(self) -> None:
+        """See `Buffer.answer`."""
+        await self._run(lambda _store: None)
+
     async def letters_kept(self) -> LettersKept:
         """See `DeadLetters.letters_kept`."""
         return await self._run(lambda store: LettersKept(store.letters.count, store.letters.newest))

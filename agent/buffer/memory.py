@@ -289,6 +289,10 @@ class MemoryBuffer:
         _note(self._drops, socket, total, SOCKETS_KEPT)
         await trio.lowlevel.checkpoint()
 
+    async def answer(self) -> None:
+        """See `Buffer.answer`."""
+        await trio.lowlevel.checkpoint()
+
     def stats(self) -> Stats:
         """See `Buffer.stats`."""
         return Stats(

@@ -17,7 +17,7 @@ def command(config_file: str | None) -> None:
 
     import trio
 
-    from agent import logs, systemd
+    from agent import logs, notify, systemd
     from agent.app import Agent, run_until_signalled
     from agent.cli.options import load_config, plainly
     from agent.cli.places import make_folders
@@ -27,4 +27,4 @@ def command(config_file: str | None) -> None:
     with plainly():
         passed = systemd.passed(os.environ)
         make_folders(config)
-        trio.run(run_until_signalled, Agent(config, passed))
+        trio.run(run_until_signalled, Agent(config, passed, notify.notices(os.environ)))

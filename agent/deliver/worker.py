@@ -24,6 +24,8 @@ log = structlog.get_logger("deliver")
 DRAIN_PATIENCE = 0.5
 # A shipment that found no witness is followed by one of several batches, so that a healthy one may testify.
 COMPANY = 4
+# A request ends by its timeout, and where v1 is not served a second one follows; a third is for a busy host.
+OVERDUE_TIMEOUTS = 3
 # How a batch size that PostHog refused is recovered: by this part of itself after each success.
 RECOVERY = 1 / 16
 
@@ -61,6 +63,8 @@ class Delivery:
         self._idle: trio.CancelScope | None = None
         self._drained = trio.Event()
         self._draining = False
+        self._ended = 0
+        self._asked: dict[Lease, float] = {}  # since when each request is under way
         self._largest = self._settings.max_batch_size
         self._recovery = RECOVERY
         self._cut_size: int | None = None
@@ -71,6 +75,20 @@ class Delivery:
     def hold(self) -> Hold | None:
         """Why the events of the project's own key are held, or all of them."""
         return self.pace.hold or self.keys.own
+
+    @property
+    def state(self) -> str:
+        """In a word: why it is held, "waiting" to try again, or nothing where events go out."""
+        hold = self.hold
+        return hold.reason if hold else "waiting" if self.pace.waiting else ""
+
+    def wedged(self, now: float) -> str:
+        """Why it makes no progress and never will; empty where it does, or waits for what may still come."""
+        if self._ended and not self._draining:
+            return "a worker has ended"
+        if any(now - since > OVERDUE_TIMEOUTS * self._settings.timeout for since in self._asked.values()):
+            return "a request does not end"
+        return ""
 
     async def run(self) -> None:
         """Deliver until cancelled, or after `drain` until nothing is left that can be delivered now."""
@@ -106,6 +124,7 @@ class Delivery:
                 self.keys.done(lease.key)
                 self._look_again()
             self._learn(shipment)
+        self._ended += 1
 
     async def _next_lease(self) -> tuple[Lease, bool] | None:
         """The next chunks, once there are some and the pace allows a request; None: the draining is over.
@@ -161,10 +180,12 @@ class Delivery:
                 return
             verdict: Verdict | Damaged | None = None
             wait = 0.0
+            self._asked[lease] = trio.current_time()
             try:
                 verdict, attempt = await self.courier.carry(batch, attempt)
                 shipment.receive(verdict)
             finally:
+                del self._asked[lease]
                 wait = self._record(leave, batch, verdict, probe=probe)
             if wait and not await self._rested(wait, lease.until):
                 return
@@ -276,8 +297,7 @@ class Delivery:
     def _tell(self) -> None:
         """One line for each change of state."""
         self._tell_clients()
-        hold = self.hold
-        state = hold.reason if hold else "waiting" if self.pace.waiting else ""
+        hold, state = self.hold, self.state
         if state == self._state:
             return
         self._state = state
