@@ -49,6 +49,8 @@ class Pulled(NamedTuple):
     flag_calls: Callable[[], Mapping[str, Mapping[str, int]]]
     books: Callable[[], Books]
     stats: Callable[[], Stats]
+    balanced: Callable[[], bool]
+    writable: Callable[[], bool]
     deliveries: Callable[[], Iterable[DeliveryFacts]]
     clock_steps: Callable[[], int]
     now: Callable[[], int]
@@ -100,6 +102,8 @@ class _Pulling(Collector):
         yield _counter("events_replayed", "Dead letters sent again", books, "replayed")
         yield _counter("dead_purged", "Dead letters that a person had forgotten", books, "purged")
         yield _counter("dead_evicted", "Dead letters pushed out by newer ones", books, "dead_evicted")
+        text = "1 while both identities of the books hold, 0 where an event vanished uncounted"
+        yield GaugeMetricFamily(PREFIX + "books_balanced", text, value=self._pulled.balanced())
         yield from self._of_buffer()
         yield from self._of_deliveries()
         text = "How often the host's clock was set by more than a second since the start"
@@ -149,9 +153,12 @@ class _Pulling(Collector):
         waited = 0.0 if stats.oldest is None else max(0.0, (self._pulled.now() - stats.oldest) / 1_000_000)
         for name, text, value in (
             ("buffer_events", "Events in the buffer", stats.events),
-            ("buffer_bytes", "Their packed bytes", stats.bytes),
-            ("buffer_disk_bytes", "Bytes of all its files", stats.disk_bytes),
-            ("buffer_limit_bytes", "What they may grow to", stats.limit_bytes),
+            ("buffer_bytes", "Packed bytes of the events in the buffer", stats.bytes),
+            ("buffer_disk_bytes", "Bytes of all the buffer's files", stats.disk_bytes),
+            ("buffer_limit_bytes", "What the buffer's files may grow to", stats.limit_bytes),
+            ("buffer_free_bytes", "What still fits into the buffer", stats.free_bytes),
+            ("buffer_waiting", "Writes that wait for room in the buffer, or for its disk", stats.waiting),
+            ("buffer_writable", "0 where the last write to the buffer failed", self._pulled.writable()),
             ("buffer_oldest_seconds", "How long the oldest event has waited", waited),
             ("dead_letters", "Events that PostHog refused, kept", stats.dead_letters),
         ):

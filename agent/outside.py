@@ -20,7 +20,7 @@ from agent.deliver.client import Client
 from agent.deliver.worker import Delivery
 from agent.events import OTHER
 from agent.metrics import DeliveryFacts, Metrics, Pulled
-from agent.status import AboutClock, Document, describe, has_others
+from agent.status import AboutClock, Document, balance, describe, has_others
 from agent.timekeeper import Timekeeper
 
 log = structlog.get_logger("agent")
@@ -99,6 +99,8 @@ class Outside:
                 },
                 books=self._buffer.books,
                 stats=self._buffer.stats,
+                balanced=lambda: balance(self._buffer.books(), self._buffer.stats().events)["balanced"],
+                writable=lambda: not self._buffer.trouble,
                 deliveries=self._facts,
                 clock_steps=lambda: self._timekeeper.steps,
                 now=lambda: self._clock.now().wall,

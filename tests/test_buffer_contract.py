@@ -269,6 +269,18 @@ async def test_a_full_buffer_blocks(opened: Opener) -> None:
         assert_balanced(buffer)
 
 
+async def test_what_is_free_is_what_can_be_put(opened: Opener) -> None:
+    """It falls by what is put until a put does not fit, and deliveries give it back."""
+    async with opened(max_size=FULL) as buffer:
+        before = buffer.stats().free_bytes
+        await put(buffer, chunk(0, size=LARGE))
+        assert before - 2 * LARGE < buffer.stats().free_bytes <= before - LARGE
+        await fill(buffer)
+        assert 0 <= buffer.stats().free_bytes < LARGE + 1000  # a chunk takes a little more than its bytes
+        await buffer.settle(await take(buffer))
+        assert buffer.stats().free_bytes > before - LARGE
+
+
 async def test_a_full_buffer_drops_the_oldest(opened: Opener) -> None:
     """Never what is on lease; what went is counted."""
     async with opened(max_size=FULL, when_full="drop_oldest") as buffer:

@@ -125,7 +125,8 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True, eq=False):
 class Stats(NamedTuple):
     """What the buffer holds: events, their packed bytes, bytes on disk, the bound, the oldest's time (µs).
 
-    `unleased` is the events of each project that nobody has on lease.
+    `free_bytes` is what `put` may still use; the bytes on disk do not tell, as some are free pages, and some
+    of the bound is kept for `settle`. `unleased` is the events of each project that nobody has on lease.
     """
 
     events: int
@@ -134,6 +135,7 @@ class Stats(NamedTuple):
     limit_bytes: int
     oldest: int | None
     dead_letters: int
+    free_bytes: int
     waiting: int  # puts that found no room
     unleased: Mapping[str, int]
 

@@ -302,6 +302,7 @@ class MemoryBuffer:
             limit_bytes=self._settings.max_size,
             oldest=next((chunk.received_at for chunk in self._chunks.values()), None),
             dead_letters=len(self._dead),
+            free_bytes=max(0, self._settings.max_size - self._bytes),
             waiting=self._callers,
             unleased=self._lanes.waiting,
         )

@@ -172,6 +172,7 @@ class SqliteBuffer(Desk):
             limit_bytes=store.max_size,
             oldest=store.oldest,
             dead_letters=store.letters.count,
+            free_bytes=max(0, store.free_bytes),
             waiting=0,
             unleased=store.lanes.waiting,
         )

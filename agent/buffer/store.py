@@ -135,6 +135,7 @@ class Store:
         row = self._connection.execute("SELECT received_at FROM chunk ORDER BY id LIMIT 1").fetchone()
         self.oldest: int | None = row[0] if row else None
         self.free_pages: int = self._connection.execute("PRAGMA freelist_count").fetchone()[0]
+        self.free_bytes = self._free()
 
     # --- putting ---------------------------------------------------------------------------------
 
