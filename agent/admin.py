@@ -1,4 +1,4 @@
-"""The admin pages: metrics, health and status on a Unix socket and a TCP address, dead letters on the socket.
+"""What the admin socket and address serve: the status page, metrics, health; on the socket dead letters too.
 
 What changes anything, and what events contained, is on the socket only.
 """
@@ -14,20 +14,22 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from agent import letters
+from agent import letters, page
 from agent.buffer import DeadLetters
+from agent.page.figures import figures
 
 # Who accepts it gets it; anybody else Prometheus' own text format.
 OPENMETRICS = "application/openmetrics-text"
 
 
 class View(NamedTuple):
-    """What the pages show: the status (with event content or without), and why it is not ready."""
+    """What the pages show: the status (with event content or without), why it is not ready, the last hour."""
 
     status: Callable[[bool], Mapping[str, Any]]
     unready: Callable[[], str]
     registry: CollectorRegistry
     letters: DeadLetters
+    history: Callable[[], Mapping[str, Any]]
 
 
 def make_app(view: View, *, private: bool) -> Starlette:
@@ -49,8 +51,21 @@ def make_app(view: View, *, private: bool) -> Starlette:
         document = msgspec.json.encode(view.status(private))
         return Response(document, media_type="application/json")
 
+    async def index(_request: Request) -> Response:
+        whole = page.whole(figures(view.status(private), view.history()))
+        return Response(whole, media_type="text/html", headers=page.headers())
+
+    async def parts(_request: Request) -> Response:
+        return _for_page({"edition": page.edition(), "parts": figures(view.status(private), view.history())})
+
+    async def history(_request: Request) -> Response:
+        return _for_page(view.history())
+
     return Starlette(
         routes=[
+            Route("/", index),
+            Route("/figures", parts),
+            Route("/history", history),
             Route("/metrics", metrics),
             Route("/livez", livez),
             Route("/readyz", readyz),
@@ -58,3 +73,7 @@ def make_app(view: View, *, private: bool) -> Starlette:
             *(letters.routes(view.letters) if private else ()),
         ]
     )
+
+
+def _for_page(document: Mapping[str, Any]) -> Response:
+    return Response(msgspec.json.encode(document), media_type="application/json", headers=page.headers())

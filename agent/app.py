@@ -120,6 +120,8 @@ class Agent:
                 await delivering.start(outside.deliver)
                 pulse.outside = outside
                 await showing.start(outside.show, pages)
+                if pages:
+                    watching.start_soon(outside.watch)
                 settle_in()
                 await self.stop.wait()
                 outside.state = "stopping"

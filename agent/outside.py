@@ -20,6 +20,7 @@ from agent.deliver.client import Client
 from agent.deliver.worker import Delivery
 from agent.events import OTHER
 from agent.metrics import DeliveryFacts, Metrics, Pulled
+from agent.page.history import EVERY_SECONDS, History, sample
 from agent.status import AboutClock, Document, balance, describe, has_others
 from agent.timekeeper import Timekeeper
 
@@ -50,6 +51,7 @@ class Outside:
         self._clock = clock
         self._timekeeper = timekeeper
         self._deliveries: list[Delivery] = []
+        self._history = History()
         self._started = time.monotonic()
         self.state = "running"
 
@@ -73,6 +75,12 @@ class Outside:
         """Deliver what is there, wait for no company, and end."""
         for delivery in self._deliveries:
             delivery.drain()
+
+    async def watch(self) -> None:
+        """Keep samples for the status page's pictures, until cancelled."""
+        while True:
+            self._history.add(sample(self._buffer.books(), self._buffer.stats(), self._clock.now()))
+            await trio.sleep(EVERY_SECONDS)
 
     async def show(
         self,
@@ -111,7 +119,13 @@ class Outside:
                 },
             )
         )
-        view = View(self._status, self._unready, self._metrics.registry, self._buffer)
+        view = View(
+            self._status,
+            self._unready,
+            self._metrics.registry,
+            self._buffer,
+            lambda: self._history.document(self._clock.now().monotonic),
+        )
         async with trio.open_nursery() as nursery:
             for sock, private in pages:
                 app = make_app(view, private=private)

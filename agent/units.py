@@ -1,4 +1,4 @@
-"""Sizes, durations and times as people write them: `5 MiB`, `250 ms`, `2026-11-24T10:00:00.000Z`."""
+"""Sizes, durations, ages and times as people write them: `5 MiB`, `250 ms`, `2026-11-24T10:00:00.000Z`."""
 
 import re
 from datetime import UTC, datetime
@@ -57,3 +57,12 @@ def format_duration(seconds: float) -> str:
 def format_time(wall: int) -> str:
     """A time in microseconds as people and scripts read it: RFC 3339, UTC, to the millisecond."""
     return datetime.fromtimestamp(wall / 1_000_000, UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
+
+
+def format_age(seconds: float) -> str:
+    """A length of time for people: its one or two largest units."""
+    whole = int(seconds)
+    for unit, factor, smaller, part in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
+        if whole >= factor:
+            return f"{whole // factor} {unit} {whole % factor // part} {smaller}"
+    return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"

@@ -196,7 +196,7 @@ async def test_the_pages_refuse_what_they_do_not_know(
 async def test_the_address_has_no_dead_letters() -> None:
     """What events contain, and what changes anything, is on the socket only."""
     async with open_memory(settings.Buffer(path="/memory", kind="memory")) as buffer:
-        view = View(lambda _private: {}, lambda: "", CollectorRegistry(), buffer)
+        view = View(lambda _private: {}, lambda: "", CollectorRegistry(), buffer, dict)
         for private, status in ((True, 200), (False, 404)):
             transport = httpx.ASGITransport(make_app(view, private=private))
             async with httpx.AsyncClient(transport=transport, base_url="http://agent") as client:

@@ -8,6 +8,7 @@ import click
 
 from agent.cli.options import config_option
 from agent.cli.reach import find_socket, no_permission, not_running
+from agent.units import format_age
 
 # A busy agent answers in milliseconds.
 PATIENCE_SECONDS = 5.0
@@ -56,7 +57,7 @@ def _show(document: Document) -> None:
 
     # A pipe has no width; what reads it should not meet lines cut for an imagined screen.
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else PIPE_WIDTH)
-    state = f"{document['state']}, up {_age(document['uptime_seconds'])}, process {document['pid']}"
+    state = f"{document['state']}, up {format_age(document['uptime_seconds'])}, process {document['pid']}"
     console.print(f"[bold]capture-agent {document['version']}[/] {state}")
     console.print(_sources(document["sources"]))
     for line in _buffer(document["buffer"]):
@@ -96,7 +97,7 @@ def _sources(sources: list[Document]) -> "Any":  # rich's Table; rich is loaded 
 
 def _buffer(buffer: Document) -> Iterator[str]:
     share = buffer["disk_bytes"] / buffer["limit_bytes"] if buffer["limit_bytes"] else 0
-    oldest = f", the oldest {_age(buffer['oldest_seconds'])} old" if buffer["oldest_seconds"] else ""
+    oldest = f", the oldest {format_age(buffer['oldest_seconds'])} old" if buffer["oldest_seconds"] else ""
     dead = f", {buffer['dead_letters']:,} dead letters" if buffer["dead_letters"] else ""
     size = f"{buffer['disk_bytes'] / 2**20:,.1f} of {buffer['limit_bytes'] / 2**20:,.0f} MiB ({share:.0%})"
     yield f"[bold]buffer[/] {buffer['events']:,} events{oldest}, {size}{dead}"
@@ -117,7 +118,7 @@ def _project(project: Document, escape: Any) -> Iterator[str]:
         keys = f"{held['keys']} key" + ("s" if held["keys"] != 1 else "")
         yield f"  [red]{keys} of clients held ({held['reason']}){_since(held)}[/]{_probe(held)}"
     if (seconds := project["next_try_seconds"]) is not None:
-        yield f"  [yellow]waits after {project['failures']} failures[/]; next try in {_age(seconds)}"
+        yield f"  [yellow]waits after {project['failures']} failures[/]; next try in {format_age(seconds)}"
     if error := project["last_error"]:
         yield f"  [dim]last error {error['at']}[/] {escape(error['text'])}"
 
@@ -134,12 +135,12 @@ def _outcomes(document: Document) -> str:
 
 def _since(held: Document) -> str:
     seconds = held["since_seconds"]
-    return f" for {_age(seconds)}" if seconds is not None else ""
+    return f" for {format_age(seconds)}" if seconds is not None else ""
 
 
 def _probe(held: Document) -> str:
     seconds = held["next_probe_seconds"]
-    return f"; next try in {_age(seconds)}" if seconds is not None else ""
+    return f"; next try in {format_age(seconds)}" if seconds is not None else ""
 
 
 def _clock(document: Document) -> Iterator[str]:
@@ -155,7 +156,7 @@ def _clock(document: Document) -> Iterator[str]:
         if ahead is not None and abs(ahead) > CLOCK_ODD_SECONDS:
             how = "ahead of" if ahead > 0 else "behind"
             yield (
-                f"[yellow]this host's clock is {_age(abs(ahead))} {how} PostHog's[/]; events keep their"
+                f"[yellow]this host's clock is {format_age(abs(ahead))} {how} PostHog's[/]; events keep their"
                 " instants, but set it: NTP is off or cannot reach its servers"
             )
 
@@ -173,12 +174,3 @@ def _books(books: Document) -> str:
         f" delivered {books['delivered']:,}, dead {books['dead']:,}, shed {shed:,},"
         f" buffered {books['buffered']:,}: {verdict}"
     )
-
-
-def _age(seconds: float) -> str:
-    """A length of time for people: its one or two largest units."""
-    whole = int(seconds)
-    for unit, factor, smaller, part in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
-        if whole >= factor:
-            return f"{whole // factor} {unit} {whole % factor // part} {smaller}"
-    return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
