@@ -140,7 +140,7 @@ def _projects(projects: Sequence[Document], other: Document | None) -> Html:
         name = _named("other", "keys that clients sent")
         dead = sum(other["dead"].values())
         rows.append((name, None, other["delivered"], dead, _counts(other["requests"])))
-    return table(("Project", "State", "Delivered", "Dead", "PostHog's answers"), rows)
+    return table(("Project", "State", "Delivered", "Dead", "Answers"), rows)
 
 
 def _state(project: Document) -> Html:

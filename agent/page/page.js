@@ -12,8 +12,10 @@
   const byId = (id) => document.getElementById(id);
   const shown = {};
   let intervals = [];
+  let every = 0;
   let answeredAt = new Date();
-  let silent = false;
+  let silentSince = null;
+  let asking = false;
   let timer = 0;
 
   // ---- asking ---------------------------------------------------------------------------------------------
@@ -25,41 +27,40 @@
   }
 
   async function refresh() {
+    if (asking || document.hidden) return;
+    asking = true;
     clearTimeout(timer);
-    if (!document.hidden) {
-      try {
-        const [figures, history] = await Promise.all([ask("figures"), ask("history")]);
-        if (figures.edition !== document.documentElement.dataset.edition) return location.reload();
-        tellAnswer();
-        showFigures(figures.parts);
-        remember(history);
-        drawAll();
-      } catch (error) {
-        tellSilence(error);
-      }
-    }
+    const answers = await Promise.all([ask("figures"), ask("history")]).catch(() => null);
+    asking = false;
     timer = setTimeout(refresh, ASK_EVERY_MS);
+    if (answers === null) return tellSilence();
+    const [figures, history] = answers;
+    if (figures.edition !== document.documentElement.dataset.edition) return location.reload();
+    tellAnswer();
+    showFigures(figures.parts);
+    remember(history);
+    drawAll();
   }
 
   function tellAnswer() {
     answeredAt = new Date();
-    const text = silent ? `The agent answers again, since ${clock(answeredAt)}.` : "";
-    tellConnection(text, false);
+    tellConnection(silentSince ? `The agent answers again, since ${clock(answeredAt)}.` : "");
+    silentSince = null;
+    document.documentElement.classList.remove("stale");
   }
 
-  function tellSilence(error) {
-    const why = error instanceof SyntaxError ? "What answers here is not the agent" : "The agent does not answer";
+  function tellSilence() {
+    silentSince ??= new Date();
+    document.documentElement.classList.add("stale");
+    document.title = "capture-agent: does not answer";
     tellConnection(
-      `${why} since ${clock(answeredAt)}. This page goes on asking; the figures below are of that time.`, true);
+      `The agent does not answer since ${clock(silentSince)}. This page goes on asking;` +
+      ` the figures below are of ${clock(answeredAt)}.`);
   }
 
   // Touched only when it changes, or a screen reader would read it every few seconds.
-  function tellConnection(text, isSilent) {
-    silent = isSilent;
-    document.documentElement.classList.toggle("stale", silent);
-    byId("connection").classList.toggle("again", !silent);
+  function tellConnection(text) {
     if (byId("connection").textContent !== text) byId("connection").textContent = text;
-    if (silent) document.title = "capture-agent: does not answer";
   }
 
   // The agent has escaped all text in them; the policy of the page would run no script in it either.
@@ -84,12 +85,12 @@
     }));
     const begins = fresh.length ? fresh[0].at - history.every_seconds / 2 : now;
     intervals = intervals.filter((one) => one.at < begins && one.at > now - HOUR).concat(fresh);
-    intervals.every = history.every_seconds;
+    every = history.every_seconds;
   }
 
   // ---- words ----------------------------------------------------------------------------------------------
 
-  const clock = (date) => date.toLocaleTimeString([], { hour12: false });
+  const clock = (date) => date.toLocaleTimeString([], { hourCycle: "h23" });
 
   function count(value) {
     return value.toLocaleString("en", { maximumFractionDigits: value < 10 ? 1 : 0 });
@@ -170,7 +171,7 @@
     const runs = [];
     let last = -Infinity;
     for (const one of intervals) {
-      if (one.at - last > intervals.every * 2.5) runs.push([]);
+      if (one.at - last > every * 2.5) runs.push([]);
       runs.at(-1).push(one);
       last = one.at;
     }
@@ -201,7 +202,7 @@
 
   // ---- beginning ------------------------------------------------------------------------------------------
 
-  document.addEventListener("visibilitychange", () => document.hidden || refresh());
+  document.addEventListener("visibilitychange", refresh);
   addEventListener("resize", () => byId("pictures").hidden || drawAll());
   refresh();
 })();
