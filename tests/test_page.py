@@ -13,16 +13,23 @@ import httpx
 import pytest
 import trio
 from processes import configure, running
+from sources import PROJECT
+from trio.testing import MockClock
 
+from agent import config as settings
 from agent import page
 from agent.buffer import Books, Entry, Stats
+from agent.buffer.memory import open_memory
+from agent.clock import Clock
 from agent.deliver.pace import Held
 from agent.events import Instant
-from agent.metrics import DEAD_REASONS
+from agent.metrics import DEAD_REASONS, Metrics
+from agent.outside import Outside
 from agent.page.concerns import concerns
 from agent.page.figures import MEAN, figures
 from agent.page.history import EVERY_SECONDS, MOST_SAMPLES, History, sample
 from agent.sink import Sink, serving
+from agent.timekeeper import Timekeeper
 
 # An agent that has nothing to say but what a test changes.
 DOCUMENT: dict[str, Any] = {
@@ -224,6 +231,21 @@ def test_history_of_books_that_began_anew() -> None:
         history.add(sample(books, Stats(0, 0, 0, 0, None, 0, 0, {}), Instant(0, number * 10**7, "")))
     told = history.document(10**7)
     assert (told["in_per_second"], told["oldest_seconds"]) == ([0.0], [0.0])
+
+
+async def test_the_agent_remembers(autojump_clock: MockClock) -> None:
+    """Samples are taken from the start on, one each ten seconds."""
+    kept = settings.Buffer(path="/memory", kind="memory")
+    made = settings.Config(
+        projects=(PROJECT,), sources=(), buffer=kept, admin=settings.Admin(socket="", listen="")
+    )
+    async with open_memory(kept) as buffer, trio.open_nursery() as nursery:
+        clock = Clock()
+        outside = Outside(made, buffer, [], Metrics(), clock, Timekeeper(clock, buffer))
+        nursery.start_soon(outside.watch)
+        await trio.sleep(3 * EVERY_SECONDS + 1)
+        assert len(outside._history.document(0)["waiting"]) == 3
+        nursery.cancel_scope.cancel()
 
 
 # --- as the agent serves it --------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.units import format_duration, format_size, parse_duration, parse_size
+from agent.units import format_age, format_duration, format_size, parse_duration, parse_size
 
 
 @pytest.mark.parametrize(
@@ -43,3 +43,19 @@ def test_sizes_are_written_as_they_are_read(size: int) -> None:
 def test_durations_are_written_as_they_are_read(milliseconds: int) -> None:
     """What is printed means the same, to the millisecond."""
     assert parse_duration(format_duration(milliseconds / 1000)) == milliseconds / 1000
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0.0 s"),
+        (9.96, "10.0 s"),
+        (59.9, "59 s"),
+        (60, "1 min 0 s"),
+        (7384, "2 h 3 min"),
+        (93784, "1 d 2 h"),
+    ],
+)
+def test_ages(seconds: float, text: str) -> None:
+    """A length of time is told by its one or two largest units."""
+    assert format_age(seconds) == text
