@@ -70,7 +70,7 @@ DOCUMENT: dict[str, Any] = {
             "next_try_seconds": None,
             "delivered": 11_995,
             "dead": {"rejected": 2},
-            "requests": {"200": 9},
+            "requests": {"0": 4, "200": 9},
             "last_error": None,
         }
     ],
@@ -168,7 +168,7 @@ def test_figures() -> None:
     assert "Oldest 1 h 1 min" in parts["tiles"]
     source = "app udp at 127.0.0.1:8125 12,345 12,000 345 malformed_json: 300 missing_event: 45 17"
     assert source in parts["sources"]
-    assert "default to https://us.i.posthog.com flows 11,995 2 200: 9" in parts["projects"]
+    assert "default to https://us.i.posthog.com flows 11,995 2 200: 9 none: 4" in parts["projects"]
     assert f"default rejected 2 {MEAN['rejected']}" in parts["dead"]
     assert "The books balance" in parts["books"]
     assert parts["books"].count("Difference 0") == 2

@@ -102,7 +102,8 @@ All have arrived. Both keep running; send one yourself from another terminal:
 
   capture-agent send "hello" --socket {stream}
 
-look at the status page, {pages}/, or at {pages}/metrics. Ctrl-C ends it all.
+and look at the status page, {pages}/
+or at {pages}/metrics or {pages}/status. Ctrl-C ends it all.
 """
 
 

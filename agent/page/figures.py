@@ -125,6 +125,10 @@ def _counts(counts: Mapping[str, int]) -> Content:
     return joined((tag("span", f"{name}: {count:,}", "unbroken") for name, count in ordered), " ") or None
 
 
+def _answers(requests: Mapping[str, int]) -> Content:
+    return _counts({"none" if status == "0" else status: count for status, count in requests.items()})
+
+
 def _projects(projects: Sequence[Document], other: Document | None) -> Html:
     rows: list[tuple[Content, ...]] = [
         (
@@ -132,14 +136,14 @@ def _projects(projects: Sequence[Document], other: Document | None) -> Html:
             _state(project),
             project["delivered"],
             sum(project["dead"].values()),
-            _counts(project["requests"]),
+            _answers(project["requests"]),
         )
         for project in projects
     ]
     if other:
         name = _named("other", "keys that clients sent")
         dead = sum(other["dead"].values())
-        rows.append((name, None, other["delivered"], dead, _counts(other["requests"])))
+        rows.append((name, None, other["delivered"], dead, _answers(other["requests"])))
     return table(("Project", "State", "Delivered", "Dead", "Answers"), rows)
 
 
