@@ -209,7 +209,7 @@ def test_what_others_chose_is_text() -> None:
 def test_history() -> None:
     """Rates are of the time that passed, and the pictures end where the memory does."""
     history = History()
-    stats = Stats(5, 0, 0, 0, 1_000_000, 0, 0, {})
+    stats = Stats(5, 0, 0, 0, 1_000_000, 0, 0, 0, {})
     for number in range(MOST_SAMPLES + 5):
         books = Books({Entry("accepted", "a", ""): 30 * number, Entry("accepted", "b", ""): 20 * number})
         books[Entry("delivered", "default", "")] = 10 * number
@@ -228,7 +228,7 @@ def test_history_of_books_that_began_anew() -> None:
     history = History()
     for number, total in enumerate((100, 0)):
         books = Books({Entry("accepted", "a", ""): total})
-        history.add(sample(books, Stats(0, 0, 0, 0, None, 0, 0, {}), Instant(0, number * 10**7, "")))
+        history.add(sample(books, Stats(0, 0, 0, 0, None, 0, 0, 0, {}), Instant(0, number * 10**7, "")))
     told = history.document(10**7)
     assert (told["in_per_second"], told["oldest_seconds"]) == ([0.0], [0.0])
 

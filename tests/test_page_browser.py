@@ -71,7 +71,7 @@ async def serving(shown: dict[str, Any], history: History) -> AsyncIterator[Serv
             async with trio.open_nursery() as nursery:
                 await nursery.start(
                     lambda task_status: httpd.serve(
-                        served, [sock], shutdown=stop, grace=0.1, task_status=task_status
+                        served, [sock], max_connections=50, shutdown=stop, grace=0.1, task_status=task_status
                     )
                 )
                 yield served

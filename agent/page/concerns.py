@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
-from agent.deliver.pace import Held
 from agent.units import format_age
 
 # The document is the agent's own: its fields are what `agent/status.py` says.
@@ -32,7 +31,7 @@ class Advice(NamedTuple):
     todo: str
 
 
-ADVICE: dict[Held, Advice] = {
+ADVICE: dict[str, Advice] = {
     "key": Advice(
         "PostHog refuses the key (401 or 403)",
         "Compare api_key with the key in the project's settings in PostHog: it begins with phc_, and a"
@@ -68,7 +67,7 @@ ADVICE: dict[Held, Advice] = {
 }
 
 # Of keys that clients sent themselves, the mending is theirs.
-ADVICE_ON_CLIENTS_KEYS: dict[Held, str] = {
+ADVICE_ON_CLIENTS_KEYS: dict[str, str] = {
     "key": "Mend the key in the program that sends it: its SDK was given one that PostHog does not know."
     " Other keys' events are delivered meanwhile.",
 }
