@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 from sources import datagram, stream, taking, tcp, udp
 
+ASK = b'{"ack":true}'
 LINE = b"<38>Nov 24 13:44:25 web-1 sshd[71]: Accepted publickey for deploy"
 NEWER = b"<165>1 2003-10-11T22:14:15.003Z web-2 app 7 ID47 - hello"
 
@@ -59,6 +61,44 @@ async def test_both_framings(framed: bytes, tmp_path: Path) -> None:
                 await sender.send_all(framed % ((len(line), line) if counted else line))
         events = await taken.events(3)
         assert events[2]["properties"]["message"].endswith("\nmore" if counted else "deploy")
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+@pytest.mark.parametrize("before", [b"", b"\n\n"])
+async def test_counted_frames_may_follow_the_line_that_asks(
+    before: bytes, end: bytes, tmp_path: Path
+) -> None:
+    """The greeting is a line, what comes after it tells its framing anew; however the bytes are cut."""
+    frames = b"24 <13>1 - h app - - - oct\n24 <13>1 - h app - - - octB"
+    said = before + ASK + end + frames
+    async with taking(stream(tmp_path, format="syslog")) as taken:
+        for cut in range(len(before + ASK + end) + 5):
+            answer = await answered(taken.source.address, said[:cut], said[cut:])
+            assert answer.splitlines()[-1] == b'{"accepted":2,"rejected":0}'
+        messages = [event["properties"]["message"] for event in await taken.events(1)]
+        assert set(messages) == {"oct", "octB"}
+
+
+@pytest.mark.parametrize("greeting", [b"12 %b", b"12 %b\n", b"%b\n", b"%b\0"])
+async def test_who_asks_may_go_on_as_it_began(greeting: bytes, tmp_path: Path) -> None:
+    """A greeting in a counted frame is followed by frames, one in a line by lines."""
+    counted = greeting.startswith(b"1")
+    rest = b"9 a\n5 <13>b11 no priority" if counted else b"a\n5 b\n<13>12 no priority\n"
+    async with taking(stream(tmp_path, format="syslog")) as taken:
+        said = greeting % ASK + rest
+        for cut in range(len(said)):
+            answer = await answered(taken.source.address, said[:cut], said[cut:])
+            assert answer.splitlines()[-1] == b'{"accepted":%d,"rejected":0}' % (2 if counted else 3)
+
+
+async def answered(path: str, *pieces: bytes) -> bytes:
+    """What the agent says to a client who sends these pieces and ends."""
+    async with await trio.open_unix_socket(path) as sender:
+        for piece in filter(None, pieces):
+            await sender.send_all(piece)
+            await trio.testing.wait_all_tasks_blocked(0.002)
+        await sender.send_eof()
+        return b"".join([some async for some in sender])
 
 
 async def test_names_and_ids_can_be_made_of_the_line(tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ REFUSAL_BYTES = 64 * 1024
 FAREWELL_SECONDS = 30.0
 
 ASKING = b"ack"
+# What may stand before it: empty lines, and the line ends of senders in C.
+BLANK = b"\r\n\0"
 
 
 class Acknowledgements:
@@ -94,6 +96,7 @@ class Reader(Protocol):
     def feed(self, data: bytes) -> bytes: ...
     def refuse(self) -> None: ...
     def take_refused(self) -> bytes | None: ...
+    def begin_anew(self) -> None: ...
     def finish(self) -> bytes: ...
 
 
@@ -166,15 +169,27 @@ class Connection:
                 await trio.sleep(SMALL_PAUSE)
 
     def _feed(self, data: bytes) -> None:
+        # The first line by itself: what follows a greeting may be framed in another way.
+        while self._first and (end := self._first_end(data)) < len(data):
+            self._feed_piece(data[:end])
+            data = data[end:]
+        self._feed_piece(data)
+
+    def _first_end(self, data: bytes) -> int:
+        """Where the first line ends that is not blank, or the data."""
+        blank = 0 if self._reader.pending else len(data) - len(data.lstrip(BLANK))
+        return data.find(b"\n", blank) + 1 or len(data)
+
+    def _feed_piece(self, data: bytes) -> None:
         lines = self._reader.feed(data)
         if self._first and lines:
-            lines = self._greet(lines)
+            lines = self._greet(lines, ended=data.endswith(b"\n"))
         refused = self._reader.take_refused()
         self._offer(lines, None if refused is None else Cut("too_large", sample(refused)))
         self._source.partials.note(self, self._reader.pending)
 
-    def _greet(self, lines: bytes) -> bytes:
-        """A client may ask for acknowledgements in its first line."""
+    def _greet(self, lines: bytes, *, ended: bool) -> bytes:
+        """A client may ask for acknowledgements in its first line; `ended` if a newline came behind all."""
         lines = lines.lstrip(b"\r\n")
         if not lines:
             return lines
@@ -182,6 +197,8 @@ class Connection:
         first, _, others = lines.partition(b"\n")
         if ASKING not in first or not _asks(first):
             return lines
+        if ended and not others:
+            self._reader.begin_anew()
         if self._acks is None:
             self._acks = Acknowledgements()
         self._asked.set()
@@ -201,7 +218,7 @@ class Connection:
             return
         if clean:
             lines = last + b"\n"
-            self._offer(self._greet(lines) if self._first else lines, None)
+            self._offer(self._greet(lines, ended=False) if self._first else lines, None)
         else:
             self._offer(b"", Cut("truncated", sample(last)))
 

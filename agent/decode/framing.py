@@ -123,6 +123,11 @@ class FrameReader:
         refused, self._refused = self._refused, None
         return self._lines.take_refused() if refused is None else refused
 
+    def begin_anew(self) -> None:
+        """After a line by itself: what comes next tells its framing anew. After a frame nothing changes."""
+        if not self._counted:
+            self._counted = None
+
     def finish(self) -> bytes:
         """The last frame or line, which did not come to its end; empty where there is none."""
         return self._take().replace(b"\n", b"\0") or self._lines.finish()

@@ -74,6 +74,9 @@ class LineReader:
         refused, self.refused = self.refused, None
         return refused
 
+    def begin_anew(self) -> None:
+        """What comes next may be framed in another way: lines are not."""
+
     def finish(self) -> bytes:
         """The last line, which no newline ended; empty where there is none."""
         last = b"".join(self._partial)
