@@ -53,6 +53,30 @@ def test_both_framings(stream: bytes, lines: list[bytes], last: bytes) -> None:
     assert read([stream[at : at + 1] for at in range(len(stream))]) == (lines, [], last)
 
 
+@pytest.mark.parametrize(
+    ("stream", "due"),
+    [
+        (b"5 <13>a9 <13>", True),
+        (b"5 <13>a9 ", True),  # nothing of the frame but its count
+        (b"5 <13>a9", True),
+        (b"9 <", True),
+        (b"5 <13>a\r\n", False),
+        (b"5 <13>a", False),
+        (b"5 <13>a<13>b", False),  # a count is broken: lines
+        (b"<13>b", False),
+        (b"12 ", False),  # nothing says yet that it is a count
+    ],
+)
+def test_more_is_due_of_a_frame_that_has_begun(stream: bytes, due: bool) -> None:
+    """An end there cuts it off, as its count says; a line has no such count."""
+    reader = FrameReader(300)
+    for at in range(len(stream)):
+        reader.feed(stream[at : at + 1])
+    assert reader.due is due
+    reader.finish()
+    assert not reader.due
+
+
 MESSAGES = st.lists(st.binary(max_size=12).map(lambda text: b"<" + text), max_size=6)
 STREAMS = st.one_of(
     MESSAGES.map(lambda messages: counted(*messages)),

@@ -91,6 +91,30 @@ async def test_who_asks_may_go_on_as_it_began(greeting: bytes, tmp_path: Path) -
             assert answer.splitlines()[-1] == b'{"accepted":%d,"rejected":0}' % (2 if counted else 3)
 
 
+@pytest.mark.parametrize(
+    ("cut", "kept"), [(b"24 <13>1 - h app - - - oc", "<13>1 - h app - - - oc"), (b"24 ", ""), (b"24", "24")]
+)
+async def test_a_counted_frame_that_an_end_cuts_off_is_truncated(
+    cut: bytes, kept: str, tmp_path: Path
+) -> None:
+    """However clean the end: the frame is refused with its beginning, the ones before it are events."""
+    async with taking(stream(tmp_path, format="syslog", ack=True)) as taken:
+        answer = await answered(taken.source.address, b"24 <13>1 - h app - - - octA" + cut)
+        assert answer.splitlines()[-2:] == [
+            b'{"line":2,"error":"truncated"}',
+            b'{"accepted":1,"rejected":1}',
+        ]
+        assert taken.total("rejected", "truncated") == 1
+        assert [refusal.sample for refusal in taken.source.putter.recent] == [kept]
+
+
+async def test_a_line_of_syslog_that_an_end_ends_is_an_event(tmp_path: Path) -> None:
+    """Only a count tells that more should have come."""
+    async with taking(stream(tmp_path, format="syslog", ack=True)) as taken:
+        answer = await answered(taken.source.address, LINE + b"\n" + LINE)
+        assert answer.splitlines()[-1] == b'{"accepted":2,"rejected":0}'
+
+
 async def answered(path: str, *pieces: bytes) -> bytes:
     """What the agent says to a client who sends these pieces and ends."""
     async with await trio.open_unix_socket(path) as sender:

@@ -93,6 +93,8 @@ class Reader(Protocol):
 
     @property
     def pending(self) -> int: ...
+    @property
+    def due(self) -> bool: ...
     def feed(self, data: bytes) -> bytes: ...
     def refuse(self) -> None: ...
     def take_refused(self) -> bytes | None: ...
@@ -212,11 +214,12 @@ class Connection:
         self._source.partials.note(self, 0)
 
     def _finish(self, *, clean: bool) -> None:
-        """The last line: whole if the client closed, cut if it was reset or stopped."""
+        """The last line: whole if the client closed, cut if it was reset or stopped, or more was due."""
+        due = self._reader.due
         last = self._reader.finish()
-        if not last.strip():
+        if not due and not last.strip():
             return
-        if clean:
+        if clean and not due:
             lines = last + b"\n"
             self._offer(self._greet(lines, ended=False) if self._first else lines, None)
         else:

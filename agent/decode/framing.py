@@ -42,6 +42,11 @@ class FrameReader:
         """How many bytes of the unfinished frame or line are held."""
         return self._held + self._lines.pending
 
+    @property
+    def due(self) -> bool:
+        """Whether a counted frame has begun of which more must come: an end now cuts it off."""
+        return self._due > 0 or (self._counted is True and self._held > 0)
+
     def feed(self, data: bytes) -> bytes:
         """The lines that `data` completes; what is left of it waits for the next call."""
         if self._counted is False:

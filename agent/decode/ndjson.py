@@ -21,6 +21,8 @@ class LineReader:
     the bytes that end it is handed on, for the door to refuse.)
     """
 
+    due = False  # the end of the bytes ends a line too
+
     def __init__(self, longest: int) -> None:
         self._longest = longest
         self._partial: list[bytes] = []
