@@ -132,6 +132,17 @@ async def test_without_asking_nothing_is_said(tmp_path: Path) -> None:
         assert taken.total("rejected", "missing_event") == 1
 
 
+@pytest.mark.parametrize(("ack", "said"), [(False, ASK), (False, ASK.strip()), (True, b""), (True, b"\n")])
+async def test_a_client_without_a_line_is_told_that_there_was_none(
+    ack: bool, said: bytes, tmp_path: Path
+) -> None:
+    """Who waits for a total gets one at the end, also of nothing."""
+    async with taking(stream(tmp_path, ack=ack)) as taken, client(taken.source.address) as sender:
+        await sender.send_all(said)
+        await sender.send_eof()
+        assert await read_lines(sender) == [{"accepted": 0, "rejected": 0}]
+
+
 async def test_totals_come_while_the_connection_stays(tmp_path: Path) -> None:
     """Each line can be waited for, one at a time."""
     async with taking(stream(tmp_path)) as taken, client(taken.source.address) as sender:

@@ -131,6 +131,18 @@ async def test_a_client_that_does_not_speak_tls_harms_nobody(papers: Papers) -> 
         assert (taken.total("accepted"), taken.total("rejected", "truncated")) == (1, 1)
 
 
+async def test_a_client_that_never_agrees_on_tls_leaves_at_once(papers: Papers) -> None:
+    """Where everybody is acknowledged there is still nobody to tell, and its place is free."""
+    settings = tcp(tls_cert=papers.cert, tls_key=papers.key, ack=True, idle_timeout=0.1, max_connections=1)
+    async with taking(settings) as taken:
+        async with client(taken.source.address) as silent:
+            assert await silent.receive_some(100) == b""
+        async with client(taken.source.address) as plain:
+            tls = trio.SSLStream(plain, trusting(papers), server_hostname="127.0.0.1")
+            await tls.send_all(line(2))
+            assert b'"accepted":1' in await tls.receive_some(1000)
+
+
 async def test_clients_may_have_to_show_a_certificate(papers: Papers) -> None:
     """Without one of the authority's nothing is taken."""
     settings = tcp(tls_cert=papers.cert, tls_key=papers.key, tls_client_ca=papers.ca)

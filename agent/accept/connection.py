@@ -1,7 +1,7 @@
 """One client of a stream: its bytes become lines, its lines reads, and their fate acknowledgements."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import msgspec
@@ -35,6 +35,7 @@ class Acknowledgements:
         self._rejected = 0
         self._refusals = bytearray()
         self._told = (0, 0)
+        self._silent = True
         self._changed = trio.Event()
         self._ended = False
 
@@ -55,13 +56,13 @@ class Acknowledgements:
         self._changed.set()
 
     async def next(self) -> bytes:
-        """What to write next, when there is something; empty at the end."""
+        """What to write next, when there is something; empty at the end, before which something is said."""
         while True:
             totals = (self._accepted, self._rejected)
-            if totals != self._told:
+            if totals != self._told or (self._ended and self._silent):
                 text = bytes(self._refusals) + b'{"accepted":%d,"rejected":%d}\n' % totals
                 self._refusals.clear()
-                self._told = totals
+                self._told, self._silent = totals, False
                 return text
             if self._ended:
                 return b""
@@ -171,24 +172,26 @@ class Connection:
                 await trio.sleep(SMALL_PAUSE)
 
     def _feed(self, data: bytes) -> None:
-        # The first line by itself: what follows a greeting may be framed in another way.
-        while self._first and (end := self._first_end(data)) < len(data):
-            self._feed_piece(data[:end])
-            data = data[end:]
-        self._feed_piece(data)
-
-    def _first_end(self, data: bytes) -> int:
-        """Where the first line ends that is not blank, or the data."""
-        blank = 0 if self._reader.pending else len(data) - len(data.lstrip(BLANK))
-        return data.find(b"\n", blank) + 1 or len(data)
-
-    def _feed_piece(self, data: bytes) -> None:
-        lines = self._reader.feed(data)
-        if self._first and lines:
-            lines = self._greet(lines, ended=data.endswith(b"\n"))
-        refused = self._reader.take_refused()
-        self._offer(lines, None if refused is None else Cut("too_large", sample(refused)))
+        lines = b""
+        for piece in self._pieces(data):
+            more = self._reader.feed(piece)
+            lines += self._greet(more, ended=piece.endswith(b"\n")) if self._first and more else more
+            if (refused := self._reader.take_refused()) is not None:
+                self._offer(lines, Cut("too_large", sample(refused)))
+                lines = b""
+        self._offer(lines, None)
         self._source.partials.note(self, self._reader.pending)
+
+    def _pieces(self, data: bytes) -> Iterator[bytes]:
+        """The first line by itself: what follows a greeting may be framed in another way."""
+        while self._first:
+            blank = 0 if self._reader.pending else len(data) - len(data.lstrip(BLANK))
+            end = data.find(b"\n", blank) + 1
+            if not end:
+                break
+            yield data[:end]
+            data = data[end:]
+        yield data
 
     def _greet(self, lines: bytes, *, ended: bool) -> bytes:
         """A client may ask for acknowledgements in its first line; `ended` if a newline came behind all."""
