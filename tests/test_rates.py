@@ -18,12 +18,19 @@ def test_a_burst_and_then_the_rate() -> None:
 
 
 def test_each_user_has_its_own() -> None:
-    """One who floods takes nothing from another; who is not known has the source's limit only."""
+    """One who floods takes nothing from another."""
     rates = Rates(NONE, Rate(10, 10), 0.0)
     assert rates.admit(1, 1000, 0.0) == 10
     assert rates.admit(2, 7, 0.0) == 7
     assert rates.admit(1, 1, 0.05) == 0
-    assert rates.admit(None, 1000, 0.0) == 1000
+
+
+def test_all_who_are_not_known_share_one_rate() -> None:
+    """Nobody has more room for hiding who sends, and nobody who is known has less for it."""
+    rates = Rates(NONE, Rate(10, 10), 0.0)
+    assert rates.admit(None, 7, 0.0) == 7
+    assert rates.admit(None, 1000, 0.0) == 3
+    assert rates.admit(1, 1000, 0.0) == 10
 
 
 def test_the_smaller_limit_decides_and_costs_both_the_same() -> None:

@@ -1,6 +1,9 @@
 """Who sends: the kernel's word on Unix sockets, users who may not, and what a user may send in a second."""
 
 import os
+import shutil
+import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -10,10 +13,12 @@ from typing import Any
 import msgspec
 import pytest
 import trio
+from processes import configure, running
 from sources import Taken, datagram, line, stream, taking
 
-from agent.accept.sender import Place, Senders, place_in, read_place
+from agent.accept.sender import Place, Sender, Senders, place_in, read_place, sender_of
 from agent.config import UnixDatagram
+from agent.sink import Sink, serving
 
 ASK = b'{"ack":true}\n'
 FORGED = {"$agent_uid": 0, "$agent_pid": 1, "$agent_unit": "sshd.service", "n": 5}
@@ -22,10 +27,25 @@ OTHER = 12345
 as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can send as somebody else")
 
 
+APART = ("unshare", "--pid", "--fork", "--kill-child")
+
+
+def can_be_apart() -> bool:
+    """Whether a process may have a pid namespace of its own here."""
+    if shutil.which(APART[0]) is None:
+        return False
+    return subprocess.run([*APART, "true"], check=False, capture_output=True).returncode == 0
+
+
 def send(taken: Taken, *lines: bytes, uid: int | None = None) -> int:
-    """A process of its own, of that user, sends lines; its id."""
-    path = taken.source.address
-    kind = "SOCK_DGRAM" if isinstance(taken.source.settings, UnixDatagram) else "SOCK_STREAM"
+    """A process of its own, of that user, sends lines to the source; its id."""
+    stream = not isinstance(taken.source.settings, UnixDatagram)
+    return send_to(taken.source.address, *lines, stream=stream, uid=uid)
+
+
+def send_to(path: str, *lines: bytes, stream: bool, uid: int | None = None) -> int:
+    """The same to the socket at this path."""
+    kind = "SOCK_STREAM" if stream else "SOCK_DGRAM"
     program = (
         "import os, socket, sys\n"
         f"s = socket.socket(socket.AF_UNIX, socket.{kind})\n"
@@ -133,6 +153,55 @@ async def test_a_sender_who_is_unknown_is_told_as_null() -> None:
     origin = await Senders(told=True, units=True).origin(None)
     assert origin.uid is None
     assert {bytes(raw) for raw in origin.forced.values()} == {b"null"}
+
+
+@pytest.mark.parametrize(
+    ("said", "known"),
+    [
+        ((71, 1000, 100), Sender(71, 1000, 100)),
+        ((0, 1000, 100), Sender(0, 1000, 100)),
+        ((0, 65534, 100), Sender(0, 65534, 100)),
+        ((71, 65534, 65534), Sender(71, 65534, 65534)),
+        ((0, 65534, 65534), None),
+    ],
+)
+def test_a_sender_is_unknown_only_where_the_kernel_says_nothing(
+    said: tuple[int, int, int], known: Sender | None
+) -> None:
+    """User and group hold although the process has no number here."""
+    word = (socket.SOL_SOCKET, socket.SCM_CREDENTIALS, struct.pack("=iII", *said))
+    assert sender_of([word]) == known
+
+
+@pytest.mark.skipif(not can_be_apart(), reason="needs root and unshare(1)")
+@pytest.mark.parametrize("kind", ["unix_stream", "unix_datagram"])
+async def test_senders_whose_process_cannot_be_seen_keep_their_user(kind: str, folder: Path) -> None:
+    """To an agent in a container the process is null; who may send, and how much, goes by the user still."""
+    sink, path = Sink(), f"{folder}/apart"
+    settings = f"""
+        [[source]]
+        name = "apart"
+        kind = "{kind}"
+        path = "{path}"
+        mode = 0o666
+        sender_unit = true
+        allow_uids = [0]
+        uid_events_per_second = 0.001
+        uid_burst = 2
+    """
+    async with serving(sink) as url:
+        file = configure(folder, url)
+        file.write_text(file.read_text() + settings)
+        async with running(file, before=APART) as agent:
+            stream = kind == "unix_stream"
+            await trio.to_thread.run_sync(lambda: send_to(path, line(4), stream=stream, uid=OTHER))
+            await trio.to_thread.run_sync(lambda: send_to(path, line(1), line(2), line(3), stream=stream))
+            status = await agent.until(delivered=2, received=3 if stream else 4)
+        own = {"$agent_uid": 0, "$agent_gid": 0, "$agent_pid": None, "$agent_unit": None}
+        for event in sink.events:
+            assert own.items() <= event.properties.items()
+        reasons = [reject["reason"] for reject in status["rejects"]]
+        assert sorted(reasons) == (["rate_limited"] if stream else ["forbidden", "rate_limited"])
 
 
 @as_root

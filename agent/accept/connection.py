@@ -34,8 +34,7 @@ class Acknowledgements:
         self._accepted = 0
         self._rejected = 0
         self._refusals = bytearray()
-        self._told = (0, 0)
-        self._silent = True
+        self._told: tuple[int, int] | None = None
         self._changed = trio.Event()
         self._ended = False
 
@@ -59,10 +58,10 @@ class Acknowledgements:
         """What to write next, when there is something; empty at the end, before which something is said."""
         while True:
             totals = (self._accepted, self._rejected)
-            if totals != self._told or (self._ended and self._silent):
+            if totals != self._told and (self._ended or totals != (0, 0)):
                 text = bytes(self._refusals) + b'{"accepted":%d,"rejected":%d}\n' % totals
                 self._refusals.clear()
-                self._told, self._silent = totals, False
+                self._told = totals
                 return text
             if self._ended:
                 return b""

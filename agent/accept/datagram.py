@@ -97,7 +97,8 @@ class DatagramSource:
         if not self._allowed or origin.uid in self._allowed:
             return read
         lines = count_lines(read.lines) + (read.cut is not None)
-        return Read(b"", read.at, denied=Denied("forbidden", lines, f"of uid {origin.uid}"))
+        who = "of an unknown user" if origin.uid is None else f"of uid {origin.uid}"
+        return Read(b"", read.at, denied=Denied("forbidden", lines, who))
 
     async def _count_drops(self) -> None:
         """Look at the kernel's count, also when no datagram comes any more."""

@@ -34,24 +34,24 @@ class Bucket:
 
 
 class Rates:
-    """A source's limits: one for all of it, one for each user."""
+    """A source's limits: one for all of it, one for each user. Whoever is not known is one user together."""
 
     def __init__(self, source: Rate, user: Rate, now: float) -> None:
         self._source = Bucket(source, now) if source.per_second else None
         self._user = user
-        self._users: OrderedDict[int, Bucket] = OrderedDict()
+        self._users: OrderedDict[int | None, Bucket] = OrderedDict()
 
     def admit(self, uid: int | None, events: int, now: float) -> int:
         """How many of a user's events may come now (s); they are counted as come."""
         buckets = [self._source] if self._source else []
-        if self._user.per_second and uid is not None:
+        if self._user.per_second:
             buckets.append(self._of(uid, now))
         admitted = min([events, *(bucket.level(now) for bucket in buckets)])
         for bucket in buckets:
             bucket.take(admitted)
         return admitted
 
-    def _of(self, uid: int, now: float) -> Bucket:
+    def _of(self, uid: int | None, now: float) -> Bucket:
         bucket = self._users.pop(uid, None) or Bucket(self._user, now)
         self._users[uid] = bucket
         if len(self._users) > USERS:

@@ -19,6 +19,10 @@ _UCRED = struct.Struct("=iII")
 # For each datagram of a drain its sender's word.
 CREDENTIALS_BYTES = socket.CMSG_SPACE(_UCRED.size)
 
+# What the kernel says of a datagram from before it was asked: no process, and the user and group that stand
+# for those which have no number (user_namespaces(7), overflowuid).
+UNSAID = (0, 65534, 65534)
+
 # The properties that tell who sent an event; no payload can forge them.
 UID, GID, PID, UNIT, CONTAINER = "$agent_uid", "$agent_gid", "$agent_pid", "$agent_unit", "$agent_container"
 
@@ -35,7 +39,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 class Sender(NamedTuple):
-    """The process at the other end as the kernel knows it."""
+    """The process at the other end as the kernel knows it; its id is 0 where another namespace has it."""
 
     pid: int
     uid: int
@@ -57,7 +61,7 @@ def sender_of(ancillary: list[tuple[int, int, bytes]]) -> Sender | None:
     for level, kind, data in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS and len(data) == _UCRED.size:
             sender = Sender(*_UCRED.unpack(data))
-            return sender if sender.pid else None
+            return None if sender == UNSAID else sender
     return None
 
 
@@ -106,16 +110,16 @@ class Senders:
         return origin
 
     async def _look_up(self, sender: Sender | None) -> Origin:
-        uid = sender.uid if sender else None
+        pid, uid, gid = sender or (None, None, None)
         if not self._told:
             return Origin(uid=uid)
-        pid, gid = (sender.pid, sender.gid) if sender else (None, None)
+        pid = pid or None
         words: dict[str, str | int | None] = {UID: uid, GID: gid, PID: pid}
         if self._units:
             place = Place(None, None)
-            if sender is not None and trio.current_time() >= self._blind_until:
+            if pid is not None and trio.current_time() >= self._blind_until:
                 with trio.move_on_after(LOOK_UP_SECONDS) as patience:
-                    place = await trio.to_thread.run_sync(read_place, sender.pid, abandon_on_cancel=True)
+                    place = await trio.to_thread.run_sync(read_place, pid, abandon_on_cancel=True)
                 if patience.cancelled_caught:  # a /proc that hangs is not asked for every sender
                     self._blind_until = trio.current_time() + KNOWN_SECONDS
             words |= {UNIT: place.unit, CONTAINER: place.container}
