@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.decode.ndjson import LineReader
+from agent.decode.ndjson import LineReader, count_lines, first_lines
 
 
 def read(pieces: list[bytes], longest: int = 20) -> tuple[bytes, int, bytes]:
@@ -45,3 +45,14 @@ def test_what_is_held_is_bounded() -> None:
         reader.feed(b"x" * 5000)
         assert reader.pending <= 1001
     assert reader.finish() == b""
+
+
+@given(st.lists(st.sampled_from((b"", b" \r", b"a", b"b ")), max_size=12), st.data())
+def test_the_first_lines_are_cut_off_whole(lines: list[bytes], data: st.DataObject) -> None:
+    """As many as are asked for that are not blank, each with its end; the next is what comes behind."""
+    blob = b"".join(line + b"\n" for line in lines) + b"last\n"
+    count = data.draw(st.integers(0, count_lines(blob) - 1))
+    first = first_lines(blob, count)
+    assert (blob[: len(first)], count_lines(first)) == (first, count)
+    assert not first or first.endswith(b"\n")
+    assert blob[len(first) :].split(b"\n")[0].strip()

@@ -238,6 +238,16 @@ async def test_what_is_beyond_the_rate_is_refused_by_name(folder: Path) -> None:
         )
 
 
+async def test_blank_lines_take_nothing_from_a_rate(kind: Any, folder: Path) -> None:
+    """A sender who ends its lines twice may send as many events as another."""
+    async with taking(kind(folder, max_events_per_second=0.001, burst=3)) as taken:
+        lines = [b"\n\n", line(1) + b"\n \r\n", b"\n" + line(2) + b"\n", line(3), b"\n", line(4) + b"\n"]
+        await trio.to_thread.run_sync(lambda: send(taken, b"".join(lines)))
+        await taken.settled(4)
+        assert (taken.total("accepted"), taken.total("rejected", "rate_limited")) == (3, 1)
+        assert [event["properties"]["n"] for event in await taken.events(3)] == [1, 2, 3]
+
+
 @as_root
 async def test_one_noisy_user_takes_nothing_from_another(folder: Path) -> None:
     """A user over its rate is refused, beside it another's events all come in."""

@@ -13,7 +13,7 @@ import trio
 
 from agent.accept.rates import Rates
 from agent.buffer import PARTING_SECONDS, Buffer
-from agent.decode.ndjson import count_byte, count_lines
+from agent.decode.ndjson import count_byte, count_lines, first_lines
 from agent.events import CHUNK_BYTES, CHUNK_EVENTS, UNREMARKABLE, Denied, Instant, Read, Reject, Tally
 from agent.texts import RANDOM_BITS
 from agent.vouch import Decoded, Door
@@ -126,13 +126,12 @@ class Putter:
     def _within(self, rates: Rates, read: Read) -> Read:
         """The read without the lines that its source or user may not send now, which are denied."""
         uid = read.origin.uid if read.origin is not None else None
-        lines = count_byte(read.lines, b"\n")
+        lines = count_lines(read.lines)
         admitted = rates.admit(uid, lines, trio.current_time())
         if admitted == lines:
             return read
-        rest = read.lines.split(b"\n", admitted)[admitted]
-        denied = Denied("rate_limited", count_lines(rest), "" if uid is None else f"of uid {uid}")
-        return read._replace(lines=read.lines[: len(read.lines) - len(rest)], denied=denied)
+        denied = Denied("rate_limited", lines - admitted, "" if uid is None else f"of uid {uid}")
+        return read._replace(lines=first_lines(read.lines, admitted), denied=denied)
 
     async def note_drops(self, socket: str, total: int) -> None:
         """Have what the kernel dropped entered into the books. Raises `BufferBroken` where that fails."""

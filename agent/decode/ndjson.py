@@ -1,5 +1,7 @@
 """Frames NDJSON: cuts a byte stream into whole lines, however the network cut it, in bounded memory."""
 
+from itertools import islice
+
 from agent.events import SAMPLE_BYTES
 
 
@@ -11,6 +13,14 @@ def count_byte(blob: bytes, byte: bytes) -> int:
 def count_lines(blob: bytes) -> int:
     """How many lines hold more than white space."""
     return sum(1 for line in blob.split(b"\n") if line and not line.isspace())
+
+
+def first_lines(blob: bytes, count: int) -> bytes:
+    """The beginning of a blob with so many lines that hold more than white space, of which it has more."""
+    lines = blob.split(b"\n")
+    full = (place for place, line in enumerate(lines) if line and not line.isspace())
+    end = next(islice(full, count, None))
+    return b"\n".join((*lines[:end], b""))
 
 
 class LineReader:
