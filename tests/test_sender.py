@@ -219,6 +219,54 @@ async def test_users_who_may_not_send(kind: Any, folder: Path) -> None:
             assert taken.source.turned_away == 1
 
 
+STRANGER = """
+import os, socket, sys
+os.setgid(12345); os.setuid(12345)
+client = socket.socket(socket.AF_UNIX)
+client.connect(sys.argv[1])
+sent = int(sys.argv[2])
+try:
+    client.sendall(b'{"ack":true}\\n' + b"x" * sent)
+except OSError as error:
+    print(type(error).__name__)
+while some := client.recv(1000): print(some.decode(), end="")
+"""
+
+
+@as_root
+@pytest.mark.parametrize("sent", [0, 1, 100_000, 900_000])
+async def test_who_is_turned_away_reads_why(sent: int, folder: Path) -> None:
+    """Also a client that has sent something already: it is told, and its end is clean, no reset."""
+    async with taking(stream(folder, mode=0o666, allow_uids=(0,), max_connections=1)) as taken:
+        command = [sys.executable, "-c", STRANGER, taken.source.address, str(sent)]
+        done = await trio.to_thread.run_sync(lambda: subprocess.run(command, capture_output=True, check=True))
+        assert done.stdout == b'{"error":"forbidden"}\n'
+        assert (taken.total("received"), taken.source.turned_away) == (0, 1)
+
+
+LOITERERS = """
+import os, socket, sys
+os.setgid(12345); os.setuid(12345)
+clients = [socket.socket(socket.AF_UNIX) for _ in range(40)]
+for client in clients: client.connect(sys.argv[1])
+sys.stdin.read()
+"""
+
+
+@as_root
+async def test_who_is_turned_away_and_stays_takes_no_place(folder: Path) -> None:
+    """Clients that do not leave when they are told to hold up nobody who may send."""
+    async with taking(stream(folder, mode=0o666, allow_uids=(0,), max_connections=1)) as taken:
+        command = [sys.executable, "-c", LOITERERS, taken.source.address]
+        with subprocess.Popen(command, stdin=subprocess.PIPE) as strangers:
+            while taken.source.turned_away != 40:
+                await trio.sleep(0.005)
+            async with await trio.open_unix_socket(taken.source.address) as client:
+                await client.send_all(ASK + line(1))
+                assert msgspec.json.decode(await client.receive_some()) == {"accepted": 1, "rejected": 0}
+            strangers.kill()
+
+
 async def test_what_is_beyond_the_rate_is_refused_by_name(folder: Path) -> None:
     """The first events of a flood are taken, the others told as `rate_limited`, each with its line."""
     settings = stream(folder, max_events_per_second=0.001, burst=3)

@@ -21,6 +21,9 @@ from agent.places import accept_all
 
 # To whom may not send here.
 FAREWELL = b'{"error":"forbidden"}\n'
+# They can read it only if what they have sent is read (a close with bytes unread is a reset): for so long, a
+# few times what a Unix client's kernel buffer holds by default, of so many at a time. Others are just closed.
+PARTING_SECONDS, PARTING_READS, PARTING_BYTES, PARTINGS = 1.0, 16, 64 * 1024, 16
 
 log = structlog.get_logger("accept")
 
@@ -58,6 +61,7 @@ class StreamSource:
         self.stopping = False
         self.connections: set[Connection] = set()
         self._places = trio.Semaphore(max_connections)
+        self._partings = trio.CapacityLimiter(PARTINGS)
 
     async def run(self, stop: trio.Event) -> None:
         """Serve connections until `stop`; then read each to its end."""
@@ -76,27 +80,34 @@ class StreamSource:
                 connection.stop()
 
     async def _serve(self, sock: trio.socket.SocketType) -> None:
-        try:
-            with sock:
+        with sock:
+            stranger = None
+            try:
                 origin = None
                 if self._senders is not None:
                     origin = await self._senders.origin(peer_of(sock.getsockopt))
-                    if self._allowed and origin.uid not in self._allowed:
-                        self._turn_away(sock, origin)
-                        return
-                peer = PlainPeer(sock) if self._tls is None else TlsPeer(sock, self._tls)
-                connection = Connection(self, peer, origin)
-                self.connections.add(connection)
-                if self.stopping:
-                    connection.stop()
-                try:
-                    await self._guard.keep(connection.run)
-                finally:
-                    self.connections.discard(connection)
-        finally:
-            self._places.release()
+                if origin is not None and self._allowed and origin.uid not in self._allowed:
+                    stranger = origin
+                else:
+                    await self._converse(sock, origin)
+            finally:
+                self._places.release()
+            if stranger is not None:  # who may not send here takes no place from those who may
+                await self._turn_away(sock, stranger)
 
-    def _turn_away(self, sock: trio.socket.SocketType, origin: Origin) -> None:
+    async def _converse(self, sock: trio.socket.SocketType, origin: Origin | None) -> None:
+        """Take what a client sends, to its end."""
+        peer = PlainPeer(sock) if self._tls is None else TlsPeer(sock, self._tls)
+        connection = Connection(self, peer, origin)
+        self.connections.add(connection)
+        if self.stopping:
+            connection.stop()
+        try:
+            await self._guard.keep(connection.run)
+        finally:
+            self.connections.discard(connection)
+
+    async def _turn_away(self, sock: trio.socket.SocketType, origin: Origin) -> None:
         """A user who may not send here is told so, where there is somebody to read it."""
         self.turned_away += 1
         if origin.uid not in self._named:
@@ -105,3 +116,15 @@ class StreamSource:
             log.warning("a user may not send here; connections are closed", uid=origin.uid, hint=hint)
         with suppress(OSError):
             os.write(sock.fileno(), FAREWELL)
+            sock.shutdown(socket.SHUT_WR)
+            if self._partings.available_tokens:
+                async with self._partings:
+                    with trio.move_on_after(PARTING_SECONDS):
+                        await _discard(sock)
+
+
+async def _discard(sock: trio.socket.SocketType) -> None:
+    """Read what a client sends until it ends, within bounds."""
+    for _ in range(PARTING_READS):
+        if not await sock.recv(PARTING_BYTES):
+            return
