@@ -1,4 +1,4 @@
-"""What the admin socket and address serve: the status page, metrics, health; on the socket dead letters too.
+"""What the admin socket and address serve: the status page, metrics, health; on the socket alone events too.
 
 What changes anything, and what events contained, is on the socket only.
 """
@@ -14,8 +14,8 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from agent import letters, page
-from agent.buffer import DeadLetters
+from agent import contents, letters, page
+from agent.buffer import Kept
 from agent.page.figures import figures
 
 # Who accepts it gets it; anybody else Prometheus' own text format.
@@ -28,7 +28,7 @@ class View(NamedTuple):
     status: Callable[[bool], Mapping[str, Any]]
     unready: Callable[[], str]
     registry: CollectorRegistry
-    letters: DeadLetters
+    buffer: Kept
     history: Callable[[], Mapping[str, Any]]
 
 
@@ -70,7 +70,7 @@ def make_app(view: View, *, private: bool) -> Starlette:
             Route("/livez", livez),
             Route("/readyz", readyz),
             Route("/status", status),
-            *(letters.routes(view.letters) if private else ()),
+            *((*letters.routes(view.buffer), *contents.routes(view.buffer)) if private else ()),
         ]
     )
 

@@ -785,3 +785,23 @@ async def test_it_answers(opened: Opener) -> None:
         await trio.testing.wait_all_tasks_blocked()
         await buffer.answer()
         nursery.cancel_scope.cancel()
+
+
+async def test_what_is_there_can_be_looked_at(opened: Opener) -> None:
+    """Chunks on lease and not, some at a time, up to the newest of a moment; none is taken from delivery."""
+    async with opened() as buffer:
+        assert await buffer.newest() == 0
+        await put(buffer, *(chunk(number) for number in range(4)))
+        lease = await take(buffer, Limits(20, 2**40))
+        newest = await buffer.newest()
+        await put(buffer, chunk(4))
+        first = await buffer.beyond(0, newest, 200)
+        assert [(one.crc, one.key) for _, one in first] == [(0, None), (1, None)]
+        rest = await buffer.beyond(first[-1][0], newest, 10**6)
+        assert [one.crc for _, one in rest] == [2, 3]
+        assert rest[-1][0] == newest
+        assert len(await buffer.beyond(0, newest, 1)) == 1  # one at least, however large
+        assert await buffer.beyond(newest, newest, 10**6) == []
+        await buffer.settle(lease)
+        assert [one.crc for _, one in await buffer.beyond(0, newest, 10**6)] == [2, 3]
+        assert buffer.stats().events == 30

@@ -18,7 +18,9 @@ from sources import line
 from agent import __version__
 from agent.sink import Sink, serving
 
-VERBS = ("demo", "run", "check", "send", "status", "dead-letter", "sink")
+VERBS = (
+    "demo", "run", "check", "send", "status", "dead-letter", "export", "backup", "sink"
+)  # fmt: skip
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 

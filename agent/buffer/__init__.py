@@ -5,9 +5,9 @@ acknowledged. When `settle` has returned, it no longer does. Everything between 
 """
 
 from collections import Counter
-from collections.abc import AsyncIterator, Container, Mapping, Sequence
-from contextlib import asynccontextmanager
-from typing import Literal, NamedTuple, Protocol
+from collections.abc import AsyncIterator, Container, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import IO, Literal, NamedTuple, Protocol
 
 import msgspec
 import trio
@@ -244,8 +244,36 @@ class DeadLetters(Protocol):
         """Forget these for good; how many of them there were."""
 
 
-class Kept(Buffer, DeadLetters, Protocol):
-    """A buffer whose dead letters can be looked at."""
+# A chunk that is in the buffer, on lease or not, by its id; ids rise as chunks are put.
+Shown = tuple[int, Chunk]
+
+
+class Contents(Protocol):
+    """What is in the buffer, for people to copy; kept by the same classes. Nothing is taken from delivery."""
+
+    async def newest(self) -> int:
+        """The newest chunk's id, 0 where there never was one."""
+
+    async def beyond(self, after: int, upto: int, size: int) -> Sequence[Shown]:
+        """The first chunks with ids beyond `after` and up to `upto`, about `size` bytes of events."""
+
+    def copied(self) -> AbstractAsyncContextManager[IO[bytes]]:
+        """A consistent copy of the database for a block. Raises `BufferBroken` where none can be made."""
+
+
+class Kept(Buffer, DeadLetters, Contents, Protocol):
+    """A buffer that people can look into."""
+
+
+def first_of(shown: Iterable[Shown], size: int) -> list[Shown]:
+    """As many as have `size` bytes of events, and one at least."""
+    found: list[Shown] = []
+    for one in shown:
+        size -= one[1].size
+        if found and size < 0:
+            break
+        found.append(one)
+    return found
 
 
 def revived(letter: DeadEvent) -> Chunk:

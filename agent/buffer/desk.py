@@ -16,6 +16,7 @@ from agent.buffer import (
     LettersKept,
     Limits,
     Replayed,
+    Shown,
 )
 from agent.buffer.rows import Deposit, Settlement, Taking
 from agent.buffer.store import Store
@@ -170,6 +171,14 @@ class Desk:
     async def purge(self, ids: Sequence[int]) -> int:
         """See `DeadLetters.purge`."""
         return await self._run(lambda store: store.purge(ids))
+
+    async def newest(self) -> int:
+        """See `Contents.newest`."""
+        return await self._run(lambda store: store.copies.newest())
+
+    async def beyond(self, after: int, upto: int, size: int) -> Sequence[Shown]:
+        """See `Contents.beyond`."""
+        return await self._run(lambda store: store.copies.beyond(after, upto, size))
 
     async def _run(self, work: Callable[[Store], R]) -> R:
         """Have something done with the store. Raises `BufferBroken` where that fails."""

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Container, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from itertools import islice
+from typing import NoReturn
 
 import msgspec
 import trio
@@ -19,6 +20,7 @@ from agent.buffer import (
     NOBODY,
     SOCKETS_KEPT,
     Books,
+    BufferBroken,
     DeadEvent,
     DeadLetter,
     Entry,
@@ -26,9 +28,11 @@ from agent.buffer import (
     LettersKept,
     Limits,
     Replayed,
+    Shown,
     Stats,
     entries_put,
     entries_settle,
+    first_of,
     newly_dropped,
     revived,
     too_old_at,
@@ -249,6 +253,20 @@ class MemoryBuffer:
             self._forget(letter.id)
             self._books[Entry("purged", label_of(letter.project, letter.key), "")] += 1
         return len(letters)
+
+    async def newest(self) -> int:
+        """See `Contents.newest`."""
+        await trio.lowlevel.checkpoint()
+        return self._last
+
+    async def beyond(self, after: int, upto: int, size: int) -> Sequence[Shown]:
+        """See `Contents.beyond`."""
+        await trio.lowlevel.checkpoint()
+        return first_of((item for item in self._chunks.items() if after < item[0] <= upto), size)
+
+    def copied(self) -> NoReturn:
+        """See `Contents.copied`."""
+        raise BufferBroken("the buffer is in memory: there is no file to copy", "capture-agent export")
 
     async def release(self, lease: Lease) -> None:
         """See `Buffer.release`."""

@@ -12,12 +12,13 @@ from contextlib import asynccontextmanager
 from functools import partial
 from math import inf
 from pathlib import Path
+from typing import IO
 
 import structlog
 import trio
 
 from agent import config
-from agent.buffer import NOBODY, Books, BufferBroken, Stats
+from agent.buffer import NOBODY, Books, BufferBroken, BufferBusy, Stats
 from agent.buffer.desk import Asked, Desk, Group, ring
 from agent.buffer.rows import Settlement
 from agent.buffer.store import Store
@@ -46,6 +47,8 @@ class SqliteBuffer(Desk):
         self._retry_at = inf  # when what could not be done is tried again unasked, on trio's clock
         self._closing = False
         self._waiting = Waiting()
+        self._copying = trio.Lock()  # one copy at a time: each takes as much of the disk as the buffer
+        self._copy = trio.CancelScope()
         self.trouble = ""
         self._show()
 
@@ -194,9 +197,43 @@ class SqliteBuffer(Desk):
     async def _in_thread(self, work: partial[None]) -> None:
         await trio.to_thread.run_sync(work, limiter=self._limiter)
 
+    @asynccontextmanager
+    async def copied(self) -> AsyncIterator[IO[bytes]]:
+        """See `Contents.copied`. Between its steps others use the file, so that nobody waits long."""
+        file = None
+        async with self._copying:
+            with trio.CancelScope() as self._copy:
+                file = None if self._closing else await self._copied()
+        if file is None:
+            raise BufferBusy(f"{self._store.path}: the agent stops", "again when it runs")
+        with file:
+            yield file
+
+    async def _copied(self) -> IO[bytes]:
+        """The copy, made in a thread that has the file like `_in_thread`'s, but lends it."""
+        us = object()
+
+        async def lend() -> None:
+            self._limiter.release_on_behalf_of(us)
+            with trio.CancelScope(shield=True):
+                await self._limiter.acquire_on_behalf_of(us)
+            await trio.lowlevel.checkpoint_if_cancelled()
+
+        await self._limiter.acquire_on_behalf_of(us)
+        try:
+            return await trio.to_thread.run_sync(
+                self._store.copies.copy, self._settings.max_size, partial(trio.from_thread.run, lend)
+            )
+        except sqlite3.Error as error:
+            raise BufferBroken(f"{self._store.path}: cannot be copied: {error}", _advice(error)) from error
+        finally:
+            self._limiter.release_on_behalf_of(us)
+
     async def finish(self) -> None:
         """Do what is still asked, then close the file. Nothing may be asked afterwards."""
         self.close_door()
+        self._copy.cancel()
+        await self._copying.acquire()  # for good: of a closed file there is no copy
         if self._deposits or self._settlements or self._releases or self._errands:
             await self.serve_group(now=time.time_ns() // 1000)
         try:

@@ -17,6 +17,7 @@ from agent.buffer import (
     revived,
     too_old_at,
 )
+from agent.buffer.copies import Copies
 from agent.buffer.file import PAGE_BYTES, Ownership, Room, connect, disk_bytes
 from agent.buffer.lane_rows import LaneRows
 from agent.buffer.lanes import Lane, Lanes
@@ -74,6 +75,7 @@ class Store:
             self.bytes += size
         self.letters = Letters(self._connection, self.max_size)
         self.notes = Notes(self._connection)
+        self.copies = Copies(self._connection, self.path)
         self._look_around()
 
     def close(self) -> None:

@@ -14,6 +14,8 @@ VERBS = {
     "send": "Send events through a running agent.",
     "status": "Show what a running agent does.",
     "dead-letter": "List, show, replay, purge or export what PostHog refused.",
+    "export": "Print the events in the buffer.",
+    "backup": "Copy the buffer's database to a file.",
     "sink": "Stand in for PostHog on this host.",
 }
 

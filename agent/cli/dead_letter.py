@@ -1,14 +1,14 @@
 """`capture-agent dead-letter`: what PostHog refused and why; sent again, exported or forgotten."""
 
 import sys
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Sequence
 
 import click
 import msgspec
 
-from agent.cli.letters import Burial, Letter, Shelf, shelf
-from agent.cli.options import config_option, plainly
+from agent.cli.asking import asked, progress
+from agent.cli.letters import Burial, Letter, Shelf
+from agent.cli.options import config_option, plain
 
 # Characters of a line of the list: PostHog's words can be long, `show` has them all.
 WIDTH = 200
@@ -65,7 +65,7 @@ def show(config_file: str | None, ident: int, as_json: bool) -> None:
             click.echo(_dumped(letter))
             return
         for name in ("id", "project", "uuid", "event", "distinct_id", "received_at"):
-            click.echo(f"{name:<12} {_plain(str(getattr(letter, name)))}")
+            click.echo(f"{name:<12} {plain(str(getattr(letter, name)))}")
         for burial in letter.earlier:
             click.echo(f"{'earlier':<12} {_burial(burial)}")
         click.echo(f"{'refused':<12} {_burial(letter)}")
@@ -150,32 +150,19 @@ def export(config_file: str | None, ids: Sequence[int]) -> None:
 
 def _with_shelf(config_file: str | None, work: Callable[[Shelf], Awaitable[None]]) -> None:
     """Do something with the dead letters, wherever they are; tell what goes wrong plainly."""
-    import trio
-
-    async def run() -> None:
-        async with shelf(config_file) as letters:
-            await work(letters)
-
-    with plainly():
-        try:
-            trio.run(run)
-        except* (SystemExit, click.ClickException, click.Abort) as ended:
-            raise _first(ended) from None
-
-
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    first = group.exceptions[0]
-    return _first(first) if isinstance(first, BaseExceptionGroup) else first
+    asked(config_file, lambda client: work(Shelf(client)))
 
 
 async def _each(
     letters: Shelf, ids: Sequence[int], do: Callable[[Sequence[int]], Awaitable[tuple[int, bool]]]
 ) -> tuple[int, int, bool]:
     """Do it to these letters or to all there are: to how many it was done, of how many, and whether full."""
+    from agent.buffer import LETTERS_AT_ONCE
+
     found, full = 0, False
     kept = await letters.kept()
     total = len(ids) if ids else kept.kept
-    with _progress(total) as advance:
+    with progress(total, shown=total > LETTERS_AT_ONCE) as advance:
         async for some in letters.pages(ids, kept.newest):
             done, full = await do(some)
             found += done
@@ -183,22 +170,6 @@ async def _each(
             if full:
                 break
     return found, total, full
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """On a terminal, a bar for what takes more than a moment."""
-    from agent.buffer import LETTERS_AT_ONCE
-
-    if total <= LETTERS_AT_ONCE or not sys.stderr.isatty():
-        yield lambda _some: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda some: bar.advance(task, some)
 
 
 def _tell(found: int, total: int, done: str, *, as_json: bool) -> None:
@@ -217,18 +188,13 @@ def _unknown(ids: Sequence[int]) -> SystemExit:
 
 def _line(letter: Letter) -> str:
     what = f"{letter.event} of {letter.distinct_id}: {letter.reason}: {letter.detail}"
-    line = _plain(f"{letter.id:>7}  {letter.at}  {letter.project}  {what}")
+    line = plain(f"{letter.id:>7}  {letter.at}  {letter.project}  {what}")
     return line if len(line) <= WIDTH else line[: WIDTH - 1] + "…"
 
 
 def _burial(burial: Burial) -> str:
     tries = f"{burial.attempts} request" + ("s" if burial.attempts != 1 else "")
-    return _plain(f"{burial.at} as {burial.reason} after {tries}: {burial.detail}")
-
-
-def _plain(text: str) -> str:
-    """What a terminal could obey is escaped."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return plain(f"{burial.at} as {burial.reason} after {tries}: {burial.detail}")
 
 
 def _dumped(letter: Letter) -> str:

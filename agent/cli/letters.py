@@ -1,21 +1,12 @@
-"""The dead letters as the commands ask for them: of the running agent or, where none runs, of its file."""
+"""The dead letters as the commands ask for them, a page at a time."""
 
-import os
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-import click
 import msgspec
-
-from agent.cli.options import load_config
-from agent.cli.reach import find_socket, no_permission, not_running
 
 if TYPE_CHECKING:
     import httpx
-
-# A page is made in milliseconds; a disk that stalls may take long, and then somebody should look.
-PATIENCE_SECONDS = 60.0
 
 
 class Burial(msgspec.Struct, kw_only=True):
@@ -109,73 +100,3 @@ class Shelf:
         wanted = {"after": str(after), **({"full": "1"} if full else {})}
         answer = await self._client.get("/dead-letters", params=wanted)
         return msgspec.json.decode(answer.raise_for_status().content, type=Page)
-
-
-@asynccontextmanager
-async def shelf(config_file: str | None) -> AsyncIterator[Shelf]:
-    """The dead letters for a block. Exits 3 where there is neither an agent nor a buffer."""
-    import httpx
-
-    path = find_socket(config_file, "admin.sock", needed=False)
-    transport = httpx.AsyncHTTPTransport(uds=path) if path else None
-    if transport is not None:
-        client = httpx.AsyncClient(transport=transport, base_url="http://agent", timeout=PATIENCE_SECONDS)
-        async with client:
-            try:
-                await client.get("/livez")
-            except httpx.ConnectError as error:
-                if "Permission denied" in str(error):
-                    raise no_permission(path) from None
-            else:
-                async with _plainly(path):
-                    yield Shelf(client)
-                return
-    async with _opened(config_file, path) as shelved:
-        yield shelved
-
-
-@asynccontextmanager
-async def _plainly(path: str) -> AsyncIterator[None]:
-    """An agent that does not answer as it should is told in one line; exit code 1."""
-    import httpx
-
-    try:
-        yield
-    except httpx.HTTPStatusError as error:
-        what = f"HTTP {error.response.status_code}"
-        click.echo(f"capture-agent: the agent at {path} refused: {what}; its log says why", err=True)
-        raise SystemExit(1) from None
-    except httpx.HTTPError as error:
-        click.echo(f"capture-agent: the agent at {path} does not answer: {error}", err=True)
-        raise SystemExit(1) from None
-
-
-@asynccontextmanager
-async def _opened(config_file: str | None, sock: str) -> AsyncIterator[Shelf]:
-    """The letters of a buffer that no agent has open."""
-    import httpx
-
-    from agent import logs
-    from agent.offline import offline
-
-    settings = load_config(config_file, keys=False).buffer
-    if settings.kind != "sqlite" or not _as_owner(settings.path):
-        raise not_running(sock or "its admin socket, which is off")
-    logs.set_up("warning", "auto", os.environ)
-    async with offline(settings) as app:
-        transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://buffer") as client:
-            yield Shelf(client)
-
-
-def _as_owner(path: str) -> bool:
-    """Whether there is such a file. As root, become its owner: what SQLite makes beside it must be theirs."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return False
-    if os.geteuid() == 0 and found.st_uid != 0:
-        os.setgroups([])
-        os.setegid(found.st_gid)
-        os.seteuid(found.st_uid)
-    return True

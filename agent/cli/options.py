@@ -40,6 +40,11 @@ unused_config_option = click.option(
 )
 
 
+def plain(text: str) -> str:
+    """What a terminal could obey is escaped."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 @contextmanager
 def plainly() -> Iterator[None]:
     """Tell an `AgentError` in two lines on stderr, what is wrong and what to do, and exit with its code."""

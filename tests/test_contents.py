@@ -1,0 +1,302 @@
+"""`export` and `backup`, before a running agent and on the file of one that does not run."""
+
+import json
+import os
+import signal
+import sqlite3
+import stat
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import httpx
+import pytest
+import trio
+import trio.lowlevel
+from processes import COMMAND, ENVIRONMENT, Running, configure, parsed, run, running
+from prometheus_client import CollectorRegistry
+
+from agent import config as settings
+from agent.admin import View, make_app
+from agent.buffer.file import Ownership
+from agent.buffer.memory import open_memory
+from agent.buffer.sqlite import open_sqlite
+from agent.events import Chunk, Tally
+from agent.flow import TOTAL
+from agent.metrics import Metrics
+from agent.pack import crc32, deflate
+
+AWAY = "http://127.0.0.1:9"  # nobody listens there, so events wait
+
+
+@asynccontextmanager
+async def holding(folder: Path, *, events: int = 2500, more: str = "") -> AsyncIterator[Running]:
+    """An agent whose buffer holds so many events."""
+    async with running(configure(folder, AWAY, more)) as agent:
+        await _send(agent, range(events))
+        yield agent
+
+
+async def _send(agent: Running, numbers: range) -> None:
+    lines = b"".join(
+        b'{"event":"e%d","distinct_id":"d","properties":{"odd":"1e2, \\"{"}}\n' % n for n in numbers
+    )
+    async with await trio.open_unix_socket(agent.stream) as stream:
+        await stream.send_all(b'{"ack":true}\n' + lines)
+        await stream.send_eof()
+        async for _ in stream:
+            pass
+
+
+async def verb(agent: Running, *arguments: str) -> CompletedProcess[str]:
+    """A command with the agent's configuration."""
+    whole = (*arguments, "--config", str(agent.folder / "config.toml"))
+    return await trio.to_thread.run_sync(lambda: run(*whole))
+
+
+def _names(text: str) -> list[str]:
+    return [event["event"] for event in parsed(text)]
+
+
+async def test_what_waits_is_exported_and_still_waits(tmp_path: Path) -> None:
+    """Every event, in its order, with its uuid, from the agent as from the file; none leaves the buffer."""
+    async with holding(tmp_path) as agent:
+        done = await verb(agent, "export")
+        assert (done.returncode, done.stderr) == (0, "")
+        events = parsed(done.stdout)
+        assert [event["event"] for event in events] == [f"e{n}" for n in range(2500)]
+        assert len({event["uuid"] for event in events}) == 2500
+        assert events[0]["properties"]["odd"] == '1e2, "{'
+        assert (await agent.status())["buffer"]["events"] == 2500
+        agent.send(signal.SIGTERM)
+        await agent.process.wait()
+        assert (await verb(agent, "export")).stdout == done.stdout
+        async with running(tmp_path / "config.toml") as again:
+            assert (await again.status())["buffer"]["events"] == 2500
+
+
+async def test_an_export_can_be_sent_again(tmp_path: Path) -> None:
+    """What was exported is taken by an agent as the same events."""
+    async with holding(tmp_path, events=3) as agent:
+        first = parsed((await verb(agent, "export")).stdout)
+        text = "".join(f"{json.dumps(event)}\n" for event in first)
+        config = ("--config", str(tmp_path / "config.toml"))
+        done = await trio.to_thread.run_sync(lambda: run("send", "--stdin", *config, text=text))
+        assert done.returncode == 0, done.stderr
+        both = parsed((await verb(agent, "export")).stdout)
+        assert [(event["uuid"], event["timestamp"]) for event in both] == 2 * [
+            (event["uuid"], event["timestamp"]) for event in first
+        ]
+
+
+@pytest.mark.parametrize("running_agent", [True, False])
+async def test_a_backup_is_a_buffer(tmp_path: Path, running_agent: bool) -> None:
+    """It has the events and the books, nobody else may read it, and an agent can go on with it."""
+    async with holding(tmp_path) as agent:
+        if not running_agent:
+            agent.send(signal.SIGTERM)
+            await agent.process.wait()
+        copy = tmp_path / "copy.db"
+        copy.write_text("an older one")
+        done = await verb(agent, "backup", str(copy), "--json")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert json.loads(done.stdout) == {"file": str(copy), "bytes": copy.stat().st_size}
+        assert stat.S_IMODE(copy.stat().st_mode) == 0o600
+        assert [name for name in os.listdir(tmp_path) if "copy" in name] == ["copy.db"]
+        with sqlite3.connect(copy) as database:
+            assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+            assert database.execute("SELECT sum(events) FROM chunk").fetchone() == (2500,)
+        database.close()
+    other = tmp_path / "other"
+    other.mkdir()
+    os.rename(copy, other / "buffer.db")
+    async with running(configure(other, AWAY)) as restored:
+        status = await restored.status()
+        assert status["buffer"]["events"] == 2500
+        assert status["books"]["balanced"]
+
+
+async def test_a_copy_is_of_one_moment_and_holds_nobody_up(tmp_path: Path) -> None:
+    """Events that come while it is made are in it with their books, or not at all; none waits for its end."""
+
+    def chunk(number: int) -> Chunk:
+        events = os.urandom(1_000_000)  # so that the copy takes many steps
+        return Chunk(
+            project="default",
+            events=1,
+            size=len(events),
+            crc=crc32(events),
+            received_at=number,
+            boot="",
+            monotonic=0,
+            packed=events,
+        )
+
+    tally = Tally(source="app", received=1)
+    async with open_sqlite(settings.Buffer(path=str(tmp_path / "b.db")), Metrics()) as buffer:
+        for number in range(60):
+            await buffer.put([chunk(number)], tally)
+        before = buffer.stats().events
+        async with trio.open_nursery() as nursery:
+
+            async def put() -> None:
+                while True:
+                    await buffer.put([chunk(0)], tally)
+
+            nursery.start_soon(put)
+            async with buffer.copied() as file:
+                meanwhile = buffer.stats().events
+                nursery.cancel_scope.cancel()
+                (tmp_path / "copy.db").write_bytes(file.read())
+        assert meanwhile > before + 1
+        assert not [name for name in os.listdir(tmp_path) if name.startswith("b.db.copy")]
+    with sqlite3.connect(tmp_path / "copy.db") as database:
+        [held] = database.execute("SELECT count(*) FROM chunk").fetchone()
+        [booked] = database.execute("SELECT total FROM books WHERE joint = 'accepted'").fetchone()
+        assert before <= held <= meanwhile
+        assert held == booked
+        assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    database.close()
+
+
+async def test_the_buffer_closes_under_a_copy(tmp_path: Path) -> None:
+    """A copy that is under way when the agent stops is given up: the agent does not wait for it."""
+    events = os.urandom(1_000_000)
+    chunk = Chunk(
+        project="default",
+        events=1,
+        size=len(events),
+        crc=crc32(events),
+        received_at=0,
+        boot="",
+        monotonic=0,
+        packed=events,
+    )
+    begun = trio.Event()
+
+    async with trio.open_nursery() as nursery:
+        async with open_sqlite(settings.Buffer(path=str(tmp_path / "b.db")), Metrics()) as buffer:
+            for _ in range(60):
+                await buffer.put([chunk], Tally(source="app", received=1))
+
+            async def copy() -> None:
+                begun.set()
+                with pytest.raises(Exception, match="the agent stops"):
+                    async with buffer.copied():
+                        pass
+
+            nursery.start_soon(copy)
+            await begun.wait()
+            await trio.lowlevel.checkpoint()
+        Ownership(tmp_path / "b.db").close()  # nobody has the file any more
+
+
+async def test_a_backup_never_replaces_a_buffer(tmp_path: Path) -> None:
+    """The live database is refused as the copy's place, and a place that cannot be written is told."""
+    async with holding(tmp_path, events=1) as agent:
+        refused = await verb(agent, "backup", str(tmp_path / "buffer.db"))
+        assert refused.returncode == 2
+        assert "is an agent's buffer" in refused.stderr
+        nowhere = await verb(agent, "backup", "/no/such/folder/copy.db")
+        assert nowhere.returncode == 1
+        assert "cannot be written" in nowhere.stderr
+        assert "Traceback" not in nowhere.stderr
+        assert (await agent.status())["buffer"]["events"] == 1
+
+
+async def test_a_buffer_in_memory_is_exported_but_not_copied(tmp_path: Path) -> None:
+    """It says so, and how else; no half-made file is left."""
+    async with holding(tmp_path, events=3, more='[buffer]\nkind = "memory"') as agent:
+        assert _names((await verb(agent, "export")).stdout) == ["e0", "e1", "e2"]
+        done = await verb(agent, "backup", str(tmp_path / "copy.db"))
+        assert done.returncode == 1
+        assert "in memory" in done.stderr
+        assert "export" in done.stderr
+        assert not [name for name in os.listdir(tmp_path) if "copy" in name]
+
+
+async def test_no_copy_where_the_disk_is_the_buffers(tmp_path: Path) -> None:
+    """A copy takes no room that the buffer may still need: exit code 75, and nothing is made."""
+    async with holding(
+        tmp_path, events=1, more=f'[buffer]\nmax_size = "900 TiB"\npath = "{tmp_path}/b.db"'
+    ) as agent:
+        done = await verb(agent, "backup", str(tmp_path / "copy.db"))
+        assert done.returncode == 75
+        assert "no room for a copy" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["export", "backup"])
+async def test_nobody_there_is_said(tmp_path: Path, name: str) -> None:
+    """Neither an agent nor a buffer: exit code 3."""
+    config = configure(tmp_path, AWAY)
+    arguments = [name, *([str(tmp_path / "copy.db")] if name == "backup" else [])]
+    done = await trio.to_thread.run_sync(lambda: run(*arguments, "--config", str(config)))
+    assert done.returncode == 3
+    assert "no agent is running" in done.stderr
+
+
+async def test_an_export_has_only_what_was_there(tmp_path: Path) -> None:
+    """Events that come while it is read are not in it; a reader who stops holds nobody up."""
+    async with holding(tmp_path, events=20_000) as agent:
+        transport = httpx.AsyncHTTPTransport(uds=str(tmp_path / "admin.sock"))
+        async with httpx.AsyncClient(transport=transport, base_url="http://agent", timeout=30) as client:
+            async with client.stream("GET", "/export") as answer:
+                assert answer.headers[TOTAL] == "20000"
+                await _send(agent, range(20_000, 20_010))
+                assert (await agent.status())["books"]["accepted"] == 20_010
+                text = b"".join([part async for part in answer.aiter_raw()])
+        assert _names(text.decode()) == [f"e{n}" for n in range(20_000)]
+
+
+async def test_a_damaged_chunk_is_left_out(tmp_path: Path) -> None:
+    """What cannot be read is told in the log; the others are exported."""
+
+    def chunk(number: int, events: bytes) -> Chunk:
+        return Chunk(
+            project="default",
+            events=1,
+            size=len(events),
+            crc=number or crc32(events),
+            received_at=0,
+            boot="",
+            monotonic=0,
+            packed=deflate(events),
+        )
+
+    good = b'{"event":"good"}'
+    async with open_memory(settings.Buffer(path="/memory", kind="memory")) as buffer:
+        await buffer.put([chunk(1, b"{}"), chunk(0, good)], Tally(source="app", received=2))
+        view = View(lambda _private: {}, lambda: "", CollectorRegistry(), buffer)
+        transport = httpx.ASGITransport(make_app(view, private=True))
+        async with httpx.AsyncClient(transport=transport, base_url="http://agent") as client:
+            assert (await client.get("/export")).content == good + b"\n"
+
+
+async def test_the_address_has_neither() -> None:
+    """What events contain is on the socket only."""
+    async with open_memory(settings.Buffer(path="/memory", kind="memory")) as buffer:
+        view = View(lambda _private: {}, lambda: "", CollectorRegistry(), buffer)
+        transport = httpx.ASGITransport(make_app(view, private=False))
+        async with httpx.AsyncClient(transport=transport, base_url="http://agent") as client:
+            for path in ("/export", "/backup", "/tail"):
+                assert (await client.get(path)).status_code == 404
+
+
+async def test_a_killed_backup_leaves_the_old_copy(tmp_path: Path) -> None:
+    """Cut off half way, FILE is what it was."""
+    async with holding(tmp_path, events=1) as agent:
+        copy = tmp_path / "copy.db"
+        copy.write_text("an older one")
+        agent.send(signal.SIGSTOP)
+        process = await trio.lowlevel.open_process(
+            [*COMMAND, "backup", str(copy), "--config", str(tmp_path / "config.toml")], env=ENVIRONMENT
+        )
+        with trio.fail_after(30):
+            while len([name for name in os.listdir(tmp_path) if name.startswith("copy.db.")]) == 0:
+                await trio.sleep(0.02)
+            process.send_signal(signal.SIGINT)
+            assert await process.wait() == 1
+        agent.send(signal.SIGCONT)
+        assert copy.read_text() == "an older one"
+        assert [name for name in os.listdir(tmp_path) if name.startswith("copy.db")] == ["copy.db"]
