@@ -14,7 +14,8 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from agent import contents, letters, page
+from agent import contents, letters, page, tail
+from agent.accept.tap import Tap
 from agent.buffer import Kept
 from agent.page.figures import figures
 
@@ -23,13 +24,17 @@ OPENMETRICS = "application/openmetrics-text"
 
 
 class View(NamedTuple):
-    """What the pages show: the status (with event content or without), why it is not ready, the last hour."""
+    """What the pages show: the status (with event content or without), why it is not ready, the last hour.
+
+    `taps` are the sources', by their names.
+    """
 
     status: Callable[[bool], Mapping[str, Any]]
     unready: Callable[[], str]
     registry: CollectorRegistry
     buffer: Kept
     history: Callable[[], Mapping[str, Any]]
+    taps: Mapping[str, Tap] = {}
 
 
 def make_app(view: View, *, private: bool) -> Starlette:
@@ -70,10 +75,15 @@ def make_app(view: View, *, private: bool) -> Starlette:
             Route("/livez", livez),
             Route("/readyz", readyz),
             Route("/status", status),
-            *((*letters.routes(view.buffer), *contents.routes(view.buffer)) if private else ()),
+            *(_private(view) if private else ()),
         ]
     )
 
 
 def _for_page(document: Mapping[str, Any]) -> Response:
     return Response(msgspec.json.encode(document), media_type="application/json", headers=page.headers())
+
+
+def _private(view: View) -> list[Route]:
+    """What only the socket's group may see and do."""
+    return [*letters.routes(view.buffer), *contents.routes(view.buffer), *tail.routes(view.taps)]

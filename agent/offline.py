@@ -34,4 +34,4 @@ async def offline(settings: Buffer) -> AsyncIterator[str]:
 async def _serve(
     app: httpd.App, sock: socket.socket, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
 ) -> None:
-    await httpd.serve(app, [sock], shutdown=trio.Event(), task_status=task_status)
+    await httpd.serve(app, [sock], shutdown=trio.Event(), max_connections=1, task_status=task_status)

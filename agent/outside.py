@@ -125,6 +125,7 @@ class Outside:
             self._metrics.registry,
             self._buffer,
             lambda: self._history.document(self._clock.now().monotonic),
+            {source.settings.name: source.putter.tap for source in self._sources},
         )
         async with trio.open_nursery() as nursery:
             for sock, private in pages:

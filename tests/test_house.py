@@ -55,6 +55,7 @@ ROOMS = {
     "agent.letters": "pages",
     "agent.page": "pages",
     "agent.contents": "pages",
+    "agent.tail": "pages",
     "agent.sink": "sink",
     "agent.outside": "top",
     "agent.app": "top",

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import trio
 
 from agent.accept.rates import Rates
+from agent.accept.tap import Tap
 from agent.buffer import PARTING_SECONDS, Buffer
 from agent.decode.ndjson import count_byte, count_lines, first_lines
 from agent.events import CHUNK_BYTES, CHUNK_EVENTS, UNREMARKABLE, Denied, Instant, Read, Reject, Tally
@@ -101,6 +102,7 @@ class Putter:
         self._enough = trio.Event()
         self._room = trio.Event()
         self._turn = trio.StrictFIFOLock()
+        self.tap = Tap(source)
         self.recent: deque[Refusal] = deque(maxlen=RECENT)
         self._random = random.SystemRandom()
 
@@ -204,6 +206,8 @@ class Putter:
             except trio.Cancelled:
                 self._offers.extendleft(Offered(read) for read in reversed(reads))
                 raise
+            if taken:
+                self.tap.show(decoded.chunks)
             self._remember(decoded.rejects, reads[0].at)
             _tell(gathered, decoded, shed=taken < events)
         else:
