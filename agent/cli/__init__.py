@@ -13,6 +13,7 @@ VERBS = {
     "check": "Validate a configuration and print it resolved.",
     "send": "Send events through a running agent.",
     "status": "Show what a running agent does.",
+    "top": "The same, live, with rates and pictures.",
     "tail": "Show events as they pass.",
     "dead-letter": "List, show, replay, purge or export what PostHog refused.",
     "export": "Print the events in the buffer.",

@@ -60,16 +60,16 @@ def _show(document: Document) -> None:
     state = f"{document['state']}, up {format_age(document['uptime_seconds'])}, process {document['pid']}"
     console.print(f"[bold]capture-agent {document['version']}[/] {state}")
     console.print(_sources(document["sources"]))
-    for line in _buffer(document["buffer"]):
+    for line in buffer_lines(document["buffer"]):
         console.print(line)
     for project in document["projects"]:
-        for line in _project(project, escape):
+        for line in project_lines(project, escape):
             console.print(line)
     if others := document["other"]:
-        console.print(_others(others))
-    for line in _clock(document):
+        console.print(others_line(others))
+    for line in clock_lines(document):
         console.print(line)
-    console.print(_books(document["books"]))
+    console.print(books_line(document["books"]))
     for reject in document["rejects"][:REJECTS_SHOWN]:
         what = f"{reject['source']}: {reject['reason']}: {reject['sample']}"
         console.print(f"[dim]refused {reject['at']}[/] {escape(what)}", overflow="ellipsis", no_wrap=True)
@@ -95,7 +95,7 @@ def _sources(sources: list[Document]) -> "Any":  # rich's Table; rich is loaded 
     return table
 
 
-def _buffer(buffer: Document) -> Iterator[str]:
+def buffer_lines(buffer: Document) -> Iterator[str]:
     share = buffer["disk_bytes"] / buffer["limit_bytes"] if buffer["limit_bytes"] else 0
     oldest = f", the oldest {format_age(buffer['oldest_seconds'])} old" if buffer["oldest_seconds"] else ""
     dead = f", {buffer['dead_letters']:,} dead letters" if buffer["dead_letters"] else ""
@@ -107,7 +107,7 @@ def _buffer(buffer: Document) -> Iterator[str]:
         yield f"[yellow]{buffer['waiting']} puts wait for room[/]"
 
 
-def _project(project: Document, escape: Any) -> Iterator[str]:
+def project_lines(project: Document, escape: Any) -> Iterator[str]:
     yield (
         f"[bold]project {project['name']}[/] to {escape(project['host'] or 'nowhere')}: "
         f"{_outcomes(project)}; up to {project['concurrency']} at once"
@@ -123,7 +123,7 @@ def _project(project: Document, escape: Any) -> Iterator[str]:
         yield f"  [dim]last error {error['at']}[/] {escape(error['text'])}"
 
 
-def _others(others: Document) -> str:
+def others_line(others: Document) -> str:
     return f"[bold]keys of clients[/]: {_outcomes(others)}"
 
 
@@ -143,7 +143,7 @@ def _probe(held: Document) -> str:
     return f"; next try in {format_age(seconds)}" if seconds is not None else ""
 
 
-def _clock(document: Document) -> Iterator[str]:
+def clock_lines(document: Document) -> Iterator[str]:
     """What is odd about the host's clock; nothing where all is well."""
     clock = document["clock"]
     if last := clock["last_step"]:
@@ -161,7 +161,7 @@ def _clock(document: Document) -> Iterator[str]:
             )
 
 
-def _books(books: Document) -> str:
+def books_line(books: Document) -> str:
     from agent.buffer import SHED_AT_THE_DOOR
 
     door = sum(books["shed"].get(reason, 0) for reason in SHED_AT_THE_DOOR)
