@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry
 
 from agent import config as settings
 from agent.admin import View, make_app
+from agent.buffer import BufferBroken, BufferBusy
 from agent.buffer.file import Ownership
 from agent.buffer.memory import open_memory
 from agent.buffer.sqlite import open_sqlite
@@ -55,12 +56,26 @@ async def verb(agent: Running, *arguments: str) -> CompletedProcess[str]:
     return await trio.to_thread.run_sync(lambda: run(*whole))
 
 
+def noise() -> Chunk:
+    """As large as one gets, so that a copy of some takes many steps."""
+    return Chunk(
+        project="default",
+        events=1,
+        size=1_000_000,
+        crc=0,
+        received_at=0,
+        boot="",
+        monotonic=0,
+        packed=os.urandom(1_000_000),
+    )
+
+
 def _names(text: str) -> list[str]:
     return [event["event"] for event in parsed(text)]
 
 
 async def test_what_waits_is_exported_and_still_waits(tmp_path: Path) -> None:
-    """Every event, in its order, with its uuid, from the agent as from the file; none leaves the buffer."""
+    """Every event, in its order, as it is, from the agent as from the file; `send` takes it as the same."""
     async with holding(tmp_path) as agent:
         done = await verb(agent, "export")
         assert (done.returncode, done.stderr) == (0, "")
@@ -72,22 +87,14 @@ async def test_what_waits_is_exported_and_still_waits(tmp_path: Path) -> None:
         agent.send(signal.SIGTERM)
         await agent.process.wait()
         assert (await verb(agent, "export")).stdout == done.stdout
-        async with running(tmp_path / "config.toml") as again:
-            assert (await again.status())["buffer"]["events"] == 2500
-
-
-async def test_an_export_can_be_sent_again(tmp_path: Path) -> None:
-    """What was exported is taken by an agent as the same events."""
-    async with holding(tmp_path, events=3) as agent:
-        first = parsed((await verb(agent, "export")).stdout)
-        text = "".join(f"{json.dumps(event)}\n" for event in first)
+    async with running(tmp_path / "config.toml") as again:
+        assert (await again.status())["buffer"]["events"] == 2500
+        first = done.stdout.splitlines()[0]
         config = ("--config", str(tmp_path / "config.toml"))
-        done = await trio.to_thread.run_sync(lambda: run("send", "--stdin", *config, text=text))
-        assert done.returncode == 0, done.stderr
-        both = parsed((await verb(agent, "export")).stdout)
-        assert [(event["uuid"], event["timestamp"]) for event in both] == 2 * [
-            (event["uuid"], event["timestamp"]) for event in first
-        ]
+        sent = await trio.to_thread.run_sync(lambda: run("send", "--stdin", *config, text=first))
+        assert sent.returncode == 0, sent.stderr
+        twin = parsed((await verb(again, "export")).stdout)[-1]
+        assert [twin[name] for name in ("uuid", "timestamp")] == [events[0]["uuid"], events[0]["timestamp"]]
 
 
 @pytest.mark.parametrize("running_agent", [True, False])
@@ -120,29 +127,16 @@ async def test_a_backup_is_a_buffer(tmp_path: Path, running_agent: bool) -> None
 async def test_a_copy_is_of_one_moment_and_holds_nobody_up(tmp_path: Path) -> None:
     """Events that come while it is made are in it with their books, or not at all; none waits for its end."""
 
-    def chunk(number: int) -> Chunk:
-        events = os.urandom(1_000_000)  # so that the copy takes many steps
-        return Chunk(
-            project="default",
-            events=1,
-            size=len(events),
-            crc=crc32(events),
-            received_at=number,
-            boot="",
-            monotonic=0,
-            packed=events,
-        )
-
     tally = Tally(source="app", received=1)
     async with open_sqlite(settings.Buffer(path=str(tmp_path / "b.db")), Metrics()) as buffer:
-        for number in range(60):
-            await buffer.put([chunk(number)], tally)
+        for _ in range(60):
+            await buffer.put([noise()], tally)
         before = buffer.stats().events
         async with trio.open_nursery() as nursery:
 
             async def put() -> None:
                 while True:
-                    await buffer.put([chunk(0)], tally)
+                    await buffer.put([noise()], tally)
 
             nursery.start_soon(put)
             async with buffer.copied() as file:
@@ -162,27 +156,16 @@ async def test_a_copy_is_of_one_moment_and_holds_nobody_up(tmp_path: Path) -> No
 
 async def test_the_buffer_closes_under_a_copy(tmp_path: Path) -> None:
     """A copy that is under way when the agent stops is given up: the agent does not wait for it."""
-    events = os.urandom(1_000_000)
-    chunk = Chunk(
-        project="default",
-        events=1,
-        size=len(events),
-        crc=crc32(events),
-        received_at=0,
-        boot="",
-        monotonic=0,
-        packed=events,
-    )
     begun = trio.Event()
 
     async with trio.open_nursery() as nursery:
         async with open_sqlite(settings.Buffer(path=str(tmp_path / "b.db")), Metrics()) as buffer:
             for _ in range(60):
-                await buffer.put([chunk], Tally(source="app", received=1))
+                await buffer.put([noise()], Tally(source="app", received=1))
 
             async def copy() -> None:
                 begun.set()
-                with pytest.raises(Exception, match="the agent stops"):
+                with pytest.raises(BufferBusy, match="the agent stops"):
                     async with buffer.copied():
                         pass
 
@@ -192,17 +175,19 @@ async def test_the_buffer_closes_under_a_copy(tmp_path: Path) -> None:
         Ownership(tmp_path / "b.db").close()  # nobody has the file any more
 
 
-async def test_a_backup_never_replaces_a_buffer(tmp_path: Path) -> None:
-    """The live database is refused as the copy's place, and a place that cannot be written is told."""
-    async with holding(tmp_path, events=1) as agent:
-        refused = await verb(agent, "backup", str(tmp_path / "buffer.db"))
-        assert refused.returncode == 2
-        assert "is an agent's buffer" in refused.stderr
-        nowhere = await verb(agent, "backup", "/no/such/folder/copy.db")
-        assert nowhere.returncode == 1
-        assert "cannot be written" in nowhere.stderr
-        assert "Traceback" not in nowhere.stderr
-        assert (await agent.status())["buffer"]["events"] == 1
+def test_a_backup_never_replaces_a_buffer(tmp_path: Path) -> None:
+    """A live database is refused as the copy's place, and a place that cannot be written is told."""
+    config = ("--config", str(configure(tmp_path, AWAY)))
+    (tmp_path / "buffer.db").write_text("theirs")
+    Ownership(tmp_path / "buffer.db").close()
+    refused = run("backup", str(tmp_path / "buffer.db"), *config)
+    assert refused.returncode == 2
+    assert "is an agent's buffer" in refused.stderr
+    assert (tmp_path / "buffer.db").read_text() == "theirs"
+    nowhere = run("backup", "/no/such/folder/copy.db", *config)
+    assert nowhere.returncode == 1
+    assert "cannot be written" in nowhere.stderr
+    assert "Traceback" not in nowhere.stderr
 
 
 async def test_a_buffer_in_memory_is_exported_but_not_copied(tmp_path: Path) -> None:
@@ -217,13 +202,14 @@ async def test_a_buffer_in_memory_is_exported_but_not_copied(tmp_path: Path) -> 
 
 
 async def test_no_copy_where_the_disk_is_the_buffers(tmp_path: Path) -> None:
-    """A copy takes no room that the buffer may still need: exit code 75, and nothing is made."""
-    async with holding(
-        tmp_path, events=1, more=f'[buffer]\nmax_size = "900 TiB"\npath = "{tmp_path}/b.db"'
-    ) as agent:
-        done = await verb(agent, "backup", str(tmp_path / "copy.db"))
-        assert done.returncode == 75
-        assert "no room for a copy" in done.stderr
+    """A copy takes no room that the buffer may still need: try again later, and nothing is made."""
+    chosen = settings.Buffer(path=str(tmp_path / "b.db"), max_size=2**60)
+    async with open_sqlite(chosen, Metrics()) as buffer:
+        with pytest.raises(BufferBroken, match="no room for a copy") as refused:
+            async with buffer.copied():
+                pass
+        assert refused.value.exit_code == 75
+        assert not [name for name in os.listdir(tmp_path) if "copy" in name]
 
 
 @pytest.mark.parametrize("name", ["export", "backup"])
@@ -300,3 +286,63 @@ async def test_a_killed_backup_leaves_the_old_copy(tmp_path: Path) -> None:
         agent.send(signal.SIGCONT)
         assert copy.read_text() == "an older one"
         assert [name for name in os.listdir(tmp_path) if name.startswith("copy.db")] == ["copy.db"]
+
+
+@pytest.mark.parametrize("running_agent", [True, False])
+async def test_a_full_disk_is_told(tmp_path: Path, running_agent: bool) -> None:
+    """Where the copy cannot be written, a line says so; the old one stays, and nothing else."""
+    async with holding(tmp_path, events=20_000) as agent:
+        if not running_agent:
+            agent.send(signal.SIGTERM)
+            await agent.process.wait()
+        copy = tmp_path / "copy.db"
+        copy.write_text("an older one")
+        # No file over 100 blocks of 1 KiB, and the signal of that ignored: writing fails.
+        command = ["sh", "-c", 'trap "" XFSZ; ulimit -f 100; exec "$@"', "sh", *COMMAND, "backup", str(copy)]
+        process = await trio.run_process(
+            [*command, "--config", str(tmp_path / "config.toml")],
+            check=False,
+            capture_stderr=True,
+            env=ENVIRONMENT,
+        )
+        assert process.returncode == 1
+        assert b"Traceback" not in process.stderr
+        assert b"  try: " in process.stderr
+        assert copy.read_text() == "an older one"
+        assert [name for name in os.listdir(tmp_path) if "copy" in name] == ["copy.db"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+async def test_roots_files_stay_apart_from_the_agents(tmp_path: Path) -> None:
+    """Root copies another user's buffer: the copy is root's, and what lies beside the buffer is theirs."""
+    async with holding(tmp_path, events=3) as agent:
+        agent.send(signal.SIGTERM)
+        await agent.process.wait()
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    for name in ("buffer.db", "buffer.db.lock"):
+        os.rename(tmp_path / name, theirs / name)
+        os.chown(theirs / name, 65534, 65534)
+    os.chown(theirs, 65534, 65534)
+    for folder in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+        folder.chmod(0o711)  # so that they may enter their own
+    file = tmp_path / "config.toml"
+    file.write_text(file.read_text().replace(f"{tmp_path}/buffer.db", f"{theirs}/buffer.db"))
+    ours = tmp_path / "ours"
+    ours.mkdir(0o700)
+    done = await verb(agent, "backup", str(ours / "copy.db"))
+    assert done.returncode == 0, done.stderr
+    assert (ours / "copy.db").stat().st_uid == 0
+    assert {(theirs / name).stat().st_uid for name in os.listdir(theirs)} == {65534}
+
+
+async def test_a_reader_who_has_enough_is_no_error(tmp_path: Path) -> None:
+    """`export | head -1` ends without a traceback."""
+    async with holding(tmp_path, events=20_000):
+        command = f"{' '.join(COMMAND)} export --config {tmp_path}/config.toml | head -1"
+        done = await trio.run_process(
+            ["sh", "-c", command], check=False, capture_stdout=True, capture_stderr=True, env=ENVIRONMENT
+        )
+        assert _names(done.stdout.decode()) == ["e0"]
+        assert b"Traceback" not in done.stderr
+        assert b"BrokenPipe" not in done.stderr

@@ -224,8 +224,9 @@ class SqliteBuffer(Desk):
             return await trio.to_thread.run_sync(
                 self._store.copies.copy, self._settings.max_size, partial(trio.from_thread.run, lend)
             )
-        except sqlite3.Error as error:
-            raise BufferBroken(f"{self._store.path}: cannot be copied: {error}", _advice(error)) from error
+        except (sqlite3.Error, OSError) as error:
+            hint = "make room on the disk, or mend it; nothing was changed"
+            raise BufferBroken(f"{self._store.path}: cannot be copied: {error}", hint) from error
         finally:
             self._limiter.release_on_behalf_of(us)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from agent.cli.options import load_config, plainly
-from agent.cli.reach import find_socket, no_permission, not_running
+from agent.cli.reach import find_socket, no_permission, not_running, refused
 
 if TYPE_CHECKING:
     import httpx
@@ -32,7 +32,7 @@ def asked(config_file: str | None, work: Callable[["httpx.AsyncClient"], Awaitab
     with plainly():
         try:
             trio.run(run)
-        except* (SystemExit, click.ClickException, click.Abort, KeyboardInterrupt) as ended:
+        except* (SystemExit, click.ClickException, click.Abort, KeyboardInterrupt, OSError) as ended:
             raise _first(ended) from None
 
 
@@ -145,13 +145,9 @@ def progress(total: int, *, shown: bool, sized: bool = False) -> Iterator[Callab
 
 
 async def parts_of(answer: "httpx.Response") -> AsyncIterator[bytes]:
-    """A body as it comes. What the agent refuses is told in its words, with the exit code that it says."""
-    if answer.status_code == 503:
+    """A body as it comes. What the agent will not do is told, and ends the command."""
+    if answer.status_code != 200:
         await answer.aread()
-        told = answer.json()
-        click.echo(f"capture-agent: {told['error']}", err=True)
-        click.echo(f"  try: {told['hint']}", err=True)
-        raise SystemExit(told["exit_code"])
-    answer.raise_for_status()
+        raise refused(answer, "its admin socket")
     async for part in answer.aiter_raw():
         yield part

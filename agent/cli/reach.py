@@ -1,11 +1,15 @@
 """How a command reaches the agent that runs on this host."""
 
 import os
+from typing import TYPE_CHECKING
 
 import click
 
 from agent.cli.options import SYSTEM_FILE, load_config
 from agent.cli.places import runtime_folders
+
+if TYPE_CHECKING:
+    import httpx
 
 
 def find_socket(config_file: str | None, name: str, *, needed: bool = True) -> str:
@@ -48,3 +52,15 @@ def not_running(path: str) -> SystemExit:
     click.echo(f"capture-agent: no agent is running (nobody listens at {path})", err=True)
     click.echo("  try: capture-agent run, or --config FILE if its configuration is elsewhere", err=True)
     return SystemExit(3)
+
+
+def refused(answer: "httpx.Response", path: str) -> SystemExit:
+    """Tells what the agent will not do, in its words where it has some; the answer has been read."""
+    if answer.headers.get("content-type") != "application/json":
+        click.echo(f"capture-agent: the agent at {path} refused: HTTP {answer.status_code}", err=True)
+        return SystemExit(1)
+    told = answer.json()
+    click.echo(f"capture-agent: {told['error']}", err=True)
+    if told.get("hint"):
+        click.echo(f"  try: {told['hint']}", err=True)
+    return SystemExit(told.get("exit_code", 2))  # what has no code of its own is a wrong request

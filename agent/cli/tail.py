@@ -9,7 +9,7 @@ import click
 import msgspec
 
 from agent.cli.options import config_option, plain
-from agent.cli.reach import find_socket, no_permission, not_running
+from agent.cli.reach import find_socket, no_permission, not_running, refused
 
 if TYPE_CHECKING:
     import httpx
@@ -56,7 +56,9 @@ def command(sources: Sequence[str], events: Sequence[str], config_file: str | No
             httpx.Client(transport=httpx.HTTPTransport(uds=path), timeout=timeout) as client,
             client.stream("GET", "http://agent/tail", params=wanted) as answer,
         ):
-            _refuse(answer)
+            if answer.status_code != 200:
+                answer.read()
+                raise refused(answer, path)
             for line in _lines(answer):
                 _show(line, as_json=as_json)
     except httpx.ConnectError as error:
@@ -68,15 +70,6 @@ def command(sources: Sequence[str], events: Sequence[str], config_file: str | No
         raise SystemExit(3) from None
     except KeyboardInterrupt:
         pass  # the way in which this ends
-
-
-def _refuse(answer: "httpx.Response") -> None:
-    """Tell what the agent does not do, in its words."""
-    if answer.status_code == 200:
-        return
-    told = msgspec.json.decode(answer.read(), type=dict[str, str | int])
-    click.echo(f"capture-agent: {told['error']}", err=True)
-    raise SystemExit(told.get("exit_code", 2))
 
 
 def _lines(answer: "httpx.Response") -> Iterator[bytes]:
