@@ -25,6 +25,8 @@ from starlette.types import Receive, Scope, Send
 
 from agent import httpd
 from agent.sink import v1
+from agent.sink.flags import PATH as FLAGS
+from agent.sink.flags import flags
 from agent.sink.judge import OK, Event, as_text, judge
 from agent.sink.payload import WIRE_LIMIT, Refusal, Reply, Request, at_path
 from agent.sink.v1 import PATHS as V1_PATHS
@@ -130,6 +132,7 @@ class Sink:
             routes += [
                 Route(path + end, self._capture, methods=METHODS) for path in V1_PATHS for end in ("", "/")
             ]
+        routes += [Route(FLAGS + end, self._capture, methods=["POST"]) for end in ("", "/")]
         routes += [Route(path, _health) for path in ("/", "/_readiness", "/_liveness")]
         self.app = Starlette(routes=routes)
         self.app.router.redirect_slashes = False
@@ -218,6 +221,8 @@ class Sink:
         return Reply(status, text, after if status in (429, 503) else {})
 
     def _judge(self, request: Request) -> Reply:
+        if at_path(request.path, (FLAGS,)):
+            return flags(request)
         if at_path(request.path, V1_PATHS):
             reply, events = v1.judge(request, self._now(), self._judge_single)
         else:

@@ -129,7 +129,7 @@ def judge(request: Request, now: datetime, randbits: Callable[[int], int]) -> tu
         parsed.events = [raw for raw in parsed.events if raw.event != "$performance_event"]
         if not parsed.events:
             return OK, ()
-        key = _check_key(parsed.key if parsed.key is not None else _common_key(parsed.events))
+        key = check_key(parsed.key if parsed.key is not None else _common_key(parsed.events))
         if parsed.sent_at is None:
             parsed.sent_at = milliseconds(query.get("_", query.get("sent_at")))
         events = [_process(raw, request, parsed, key, now, randbits) for raw in parsed.events]
@@ -202,7 +202,7 @@ def _common_key(events: Sequence[_Raw]) -> str:
     return keys.pop()
 
 
-def _check_key(key: str) -> str:
+def check_key(key: str) -> str:
     """The key without surrounding space, if its shape is a key's: `token.rs`."""
     key = key.strip(WHITESPACE)
     checks = (
