@@ -97,6 +97,10 @@ LONG = 2  # an event's name or id may be over 200 bytes, which PostHog's v1 prot
 # What stands for the project in the books of events that carry another key than their project's.
 OTHER = "other"
 
+# Reasons to shed what was never accepted: these stand beside the rejected in the books, all others beside the
+# delivered.
+SHED_AT_THE_DOOR = ("full_newest", "shutdown")
+
 
 def label_of(project: str, key: str | None) -> str:
     """Under which name events stand in books and metrics: a key is nobody's to read."""

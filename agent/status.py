@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 from agent import __version__
 from agent.accept.source import Source
-from agent.buffer import SHED_AT_THE_DOOR, Books, Buffer, Stats
+from agent.buffer import Books, Buffer, Stats
 from agent.config import Config
 from agent.deliver.worker import Delivery
-from agent.events import OTHER
+from agent.events import OTHER, SHED_AT_THE_DOOR
 from agent.units import format_time
 
 Document = dict[str, Any]

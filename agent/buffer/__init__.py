@@ -18,8 +18,6 @@ from agent.pack import crc32, deflate
 
 Shed = Literal["full_oldest", "full_newest", "expired", "damaged", "shutdown"]
 SHED: tuple[Shed, ...] = Shed.__args__  # type: ignore[attr-defined]  # typing keeps the values there
-# Never accepted: these stand beside the rejected in the books, all others beside the delivered.
-SHED_AT_THE_DOOR: tuple[Shed, ...] = ("full_newest", "shutdown")
 
 # A board that is switched off each night, and waits three years for its network.
 CLOCKS_KEPT = 1000

@@ -1,6 +1,7 @@
 """How a command reaches the agent that runs on this host."""
 
 import os
+import socket
 from typing import TYPE_CHECKING
 
 import click
@@ -10,6 +11,33 @@ from agent.cli.places import runtime_folders
 
 if TYPE_CHECKING:
     import httpx
+# A busy agent answers in milliseconds.
+PATIENCE_SECONDS = 5.0
+
+
+def ask_status(path: str) -> bytes:
+    """The status document of the agent at an admin socket, as JSON.
+
+    Raises OSError where none answers, ValueError where the answer is no status.
+
+    By the library's own HTTP client: loading httpx would take longer than all the rest of `status`.
+    """
+    import http.client
+
+    connection = http.client.HTTPConnection("agent", timeout=PATIENCE_SECONDS)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(PATIENCE_SECONDS)
+        sock.connect(path)
+        connection.sock = sock
+        try:
+            connection.request("GET", "/status", headers={"Connection": "close"})
+            answer = connection.getresponse()
+            document = answer.read()
+        except http.client.HTTPException as error:
+            raise ValueError("the answer was not HTTP") from error
+    if answer.status != 200:
+        raise ValueError(f"HTTP {answer.status}")
+    return document
 
 
 def find_socket(config_file: str | None, name: str, *, needed: bool = True) -> str:

@@ -1,5 +1,6 @@
 """`capture-agent status`: one screen of what a running agent does."""
 
+import json
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -7,11 +8,9 @@ from typing import Any
 import click
 
 from agent.cli.options import config_option
-from agent.cli.reach import find_socket, no_permission, not_running
+from agent.cli.reach import ask_status, find_socket, no_permission, not_running
 from agent.units import format_age
 
-# A busy agent answers in milliseconds.
-PATIENCE_SECONDS = 5.0
 # Wider than any line of the screen but a refused one.
 PIPE_WIDTH = 200
 # PostHog tells its time to the second, and an answer takes its own.
@@ -31,23 +30,20 @@ def command(config_file: str | None, as_json: bool) -> None:
 
     The exit code is 3 when no agent is running.
     """
-    import httpx
-
     path = find_socket(config_file, "admin.sock")
     try:
-        with httpx.Client(transport=httpx.HTTPTransport(uds=path), timeout=PATIENCE_SECONDS) as client:
-            answer = client.get("http://agent/status").raise_for_status()
-    except httpx.ConnectError as error:
-        if "Permission denied" in str(error):
-            raise no_permission(path) from None
+        document = ask_status(path)
+    except PermissionError:
+        raise no_permission(path) from None
+    except (FileNotFoundError, ConnectionRefusedError):
         raise not_running(path) from None
-    except httpx.HTTPError as error:
+    except (OSError, ValueError) as error:
         click.echo(f"capture-agent: the agent at {path} does not answer: {error}", err=True)
         raise SystemExit(1) from None
     if as_json:
-        click.echo(answer.text)
+        click.echo(document)
         return
-    _show(answer.json())
+    _show(json.loads(document))
 
 
 def _show(document: Document) -> None:
@@ -162,7 +158,7 @@ def clock_lines(document: Document) -> Iterator[str]:
 
 
 def books_line(books: Document) -> str:
-    from agent.buffer import SHED_AT_THE_DOOR
+    from agent.events import SHED_AT_THE_DOOR
 
     door = sum(books["shed"].get(reason, 0) for reason in SHED_AT_THE_DOOR)
     shed = sum(books["shed"].values()) - door
