@@ -57,6 +57,7 @@ ROOMS = {
     "agent.contents": "pages",
     "agent.tail": "pages",
     "agent.sink": "sink",
+    "agent.doctor": "doctor",
     "agent.outside": "top",
     "agent.app": "top",
     "agent.ways_out": "top",
@@ -77,10 +78,12 @@ MAY_IMPORT = {
     "pages": {"pages", "ground", "tool", "accept", "deliver", "delivery logic"},
     "sink": {"ground", "tool", "sink"},
     "top": {"ground", "tool", "buffer", "accept", "deliver", "pages", "top"},
-    "cli": {"ground", "tool", "accept", "sink", "top", "cli"},
+    "doctor": {"ground", "tool", "buffer", "accept", "delivery logic", "deliver", "doctor"},
+    "cli": {"ground", "tool", "accept", "sink", "doctor", "top", "cli"},
 }
 GROUND = {
     "agent",
+    "agent.advice",
     "agent.bounds",
     "agent.source_checks",
     "agent.buffer",
@@ -101,6 +104,7 @@ GROUND = {
     "agent.values",
 }
 PURE = {
+    "agent.advice",
     "agent.bounds",
     "agent.source_checks",
     "agent.checks",
@@ -123,6 +127,10 @@ PURE = {
     "agent.page.figures",
     "agent.page.history",
     "agent.page.markup",
+    "agent.doctor.finding",
+    "agent.doctor.live",
+    "agent.doctor.replies",
+    "agent.sink.flags",
     "agent.sink.judge",
     "agent.sink.payload",
     "agent.sink.times",

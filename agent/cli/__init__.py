@@ -15,10 +15,13 @@ VERBS = {
     "status": "Show what a running agent does.",
     "top": "The same, live, with rates and pictures.",
     "tail": "Show events as they pass.",
+    "doctor": "Find what is wrong, and say what to do.",
     "dead-letter": "List, show, replay, purge or export what PostHog refused.",
     "export": "Print the events in the buffer.",
     "backup": "Copy the buffer's database to a file.",
     "sink": "Stand in for PostHog on this host.",
+    "completion": "Print what makes a shell complete this command.",
+    "man": "Print the manual page.",
 }
 
 

@@ -1,7 +1,7 @@
 """What the verbs share: finding and loading the configuration, and telling errors plainly."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -84,6 +84,15 @@ def load_config(config_file: str | None, *, keys: bool = True) -> "Config":
 
     Without `keys` it works for those who may not read the projects' keys.
     """
+    with plainly():
+        return read_config(config_file, keys=keys)
+    raise AssertionError("unreachable: plainly exits")
+
+
+def read_config(
+    config_file: str | None, *, keys: bool = True, env: Mapping[str, str] = os.environ
+) -> "Config":
+    """The configuration in force. Raises `ConfigError` with every mistake when it is not valid."""
     import socket
     from pathlib import Path
 
@@ -91,20 +100,18 @@ def load_config(config_file: str | None, *, keys: bool = True) -> "Config":
     from agent.load import Surroundings, load
 
     around = Surroundings(
-        env=os.environ,
+        env=env,
         paths=folders(),
         hostname=socket.gethostname(),
         read_text=lambda path: Path(path).read_text("utf-8"),
     )
-    with plainly():
-        file = config_file or (SYSTEM_FILE if Path(SYSTEM_FILE).exists() else None)
-        if file is None:
-            return load("", around, file=NO_FILE, keys=keys)
-        try:
-            text = Path(file).read_text("utf-8")
-        except OSError as error:
-            raise ConfigError(f"{file}: {error.strerror}", "give the file with --config FILE") from error
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{file}: not UTF-8 (byte {error.start})", "save it as UTF-8") from error
-        return load(text, around, file=file, keys=keys)
-    raise AssertionError("unreachable: plainly exits")
+    file = config_file or (SYSTEM_FILE if Path(SYSTEM_FILE).exists() else None)
+    if file is None:
+        return load("", around, file=NO_FILE, keys=keys)
+    try:
+        text = Path(file).read_text("utf-8")
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}", "give the file with --config FILE") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: not UTF-8 (byte {error.start})", "save it as UTF-8") from error
+    return load(text, around, file=file, keys=keys)

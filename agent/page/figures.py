@@ -7,7 +7,7 @@ Nothing is added to the document: what it leaves out where it is not private, no
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from agent.buffer import SHED_AT_THE_DOOR
+from agent.events import SHED_AT_THE_DOOR
 from agent.page.concerns import Concern, concerns
 from agent.page.markup import Content, Html, html, joined, table, tag
 from agent.units import format_age
