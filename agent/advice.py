@@ -14,5 +14,8 @@ HOLDS: Mapping[str, str] = {
     "unconfigured": "configure a project of that name, and they are delivered",
 }
 
+# For holds of keys that clients sent.
+FOREIGN_KEYS = 'look for a wrong key in an SDK\'s configuration; keys = "configured" refuses them at the door'
+
 # For what passes by itself once the other side is there again.
 AWAY = "nothing, if PostHog is known to be away; else `capture-agent doctor` tells what is in the way"

@@ -131,7 +131,10 @@ class Agent:
                 stopped = trio.current_time()
                 showing.start_soon(_close_door, buffer, accepting.cancel_scope)
             if accepting.cancel_scope.cancelled_caught:
-                log.error("there was no time to put all that was received; the rest is counted as shed")
+                log.error(
+                    "there was no time to put all that was received; the rest is counted as shed",
+                    hint="was the disk slow (dmesg), or a client's events large?",
+                )
             watching.cancel_scope.cancel()
             outside.drain()
             patience = min(trio.current_time() + DRAIN_SECONDS, stopped + STOP_SECONDS)

@@ -8,6 +8,7 @@ import trio
 
 log = structlog.get_logger("accept")
 
+HINT = "this is a mistake of the agent's: please report it with these lines"
 # What one client can do thousands of times a second must not fill the log; the first time tells enough.
 TOLD_SECONDS = 60.0
 
@@ -28,5 +29,5 @@ class Guard:
             self._times += 1
             if trio.current_time() - self._told >= TOLD_SECONDS:
                 text = "a client's work failed; the others go on"
-                log.exception(text, what=self._what, times=self._times)
+                log.exception(text, what=self._what, times=self._times, hint=HINT)
                 self._told, self._times = trio.current_time(), 0

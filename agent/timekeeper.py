@@ -22,6 +22,7 @@ LOOK_SECONDS = 1.0
 NOTED = 10_000
 # In µs. From here on a person may want to know.
 TOLD = 1_000_000
+NTP = "nothing, if it was set once; if again and again, look what sets it (timedatectl, the hypervisor)"
 
 
 class Step(NamedTuple):
@@ -56,7 +57,8 @@ class Timekeeper:
         if before is not None and abs(ahead - before) > TOLD:
             self.steps += 1
             self.last = Step(now.wall, ahead - before)
-            log.warning("the host's clock was set", seconds=round((ahead - before) / 1_000_000, 3))
+            seconds = round((ahead - before) / 1_000_000, 3)
+            log.warning("the host's clock was set; events keep their instants", seconds=seconds, hint=NTP)
         self._ahead = ahead
         if now.boot and (noted is None or abs(ahead - noted) > NOTED):
             try:

@@ -19,8 +19,8 @@ from agent import __version__
 from agent.sink import Sink, serving
 
 VERBS = (
-    "demo", "run", "check", "send", "status", "top", "tail", "doctor", "dead-letter", "export", "backup", "sink",
-    "completion", "man",
+    "demo", "run", "check", "send", "status", "top", "tail", "doctor", "dead-letter", "export", "backup",
+    "sink", "completion", "man",
 )  # fmt: skip
 README = (Path(__file__).parents[1] / "README.md").read_text()
 

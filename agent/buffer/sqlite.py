@@ -240,7 +240,8 @@ class SqliteBuffer(Desk):
         try:
             await self._in_thread(partial(self._store.close))
         except sqlite3.Error as error:
-            log.warning("closed without a checkpoint; the next start makes it", error=str(error))
+            hint = "make room on the disk, or look for its errors: dmesg"
+            log.warning("closed without a checkpoint; the next start makes it", error=str(error), hint=hint)
 
 
 def _advice(error: sqlite3.Error) -> str:

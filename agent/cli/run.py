@@ -23,8 +23,11 @@ def command(config_file: str | None) -> None:
     from agent.cli.places import make_folders
 
     config = load_config(config_file)
-    logs.set_up(config.log.level, config.log.format, os.environ)
+    withheld = logs.set_up(config.log.level, config.log.format, os.environ)
     with plainly():
         passed = systemd.passed(os.environ)
         make_folders(config)
-        trio.run(run_until_signalled, Agent(config, passed, notify.notices(os.environ)))
+        try:
+            trio.run(run_until_signalled, Agent(config, passed, notify.notices(os.environ)))
+        finally:
+            withheld.close()

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import structlog
 import trio
 
+from agent.advice import AWAY, FOREIGN_KEYS, HOLDS
 from agent.buffer import Buffer, Lease, Limits, leased
 from agent.config import Project
 from agent.deliver.courier import Attempt, Courier, Posting
@@ -303,9 +304,16 @@ class Delivery:
         self._state = state
         name = self.project.name
         if hold:
-            log.error("delivery is held; events wait in the buffer", project=name, reason=state, why=hold.why)
+            log.error(
+                "delivery is held; events wait in the buffer",
+                project=name,
+                reason=state,
+                why=hold.why,
+                hint=HOLDS[hold.reason],
+            )
         elif state:
-            log.warning("delivery waits to try again", project=name, why=self.trouble and self.trouble.text)
+            why = self.trouble and self.trouble.text
+            log.warning("delivery waits to try again", project=name, why=why, hint=AWAY)
         else:
             log.info("delivery goes on", project=name)
 
@@ -317,7 +325,12 @@ class Delivery:
         self._clients_state = state
         name = self.project.name
         if state:
-            log.warning("events with keys of their own are held and wait", project=name, reason=state)
+            log.warning(
+                "events with keys of their own are held and wait",
+                project=name,
+                reason=state,
+                hint=FOREIGN_KEYS,
+            )
         else:
             log.info("no events with keys of their own are held any more", project=name)
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from agent import __version__
-from agent.advice import AWAY, HOLDS
+from agent.advice import AWAY, FOREIGN_KEYS, HOLDS
 from agent.config import Config
 from agent.doctor.finding import Finding, error, ok, warning
 
@@ -74,7 +74,9 @@ def _project(project: Status) -> Iterator[Finding]:
     where = f"project {project['name']}"
     if held := project["held"]:
         why = f": {held['why']}" if held["why"] else ""
-        yield error("delivery", where, f"held ({held['reason']}){why}; events wait", HOLDS[held["reason"]])
+        yield error(
+            "delivery", where, f"held ({held['reason']}){why}; events wait", HOLDS.get(held["reason"], AWAY)
+        )
     elif project["next_try_seconds"] is not None:
         last = project["last_error"]
         what = f"{project['failures']} requests failed in a row" + (
@@ -85,8 +87,7 @@ def _project(project: Status) -> Iterator[Finding]:
         yield ok("delivery", where, f"flows; {project['delivered']:,} events were delivered")
     for other in project["held_keys"]:
         what = f"{other['keys']} keys that clients sent are held ({other['reason']}); their events wait"
-        hint = 'look for a wrong key in an SDK\'s configuration; keys = "configured" refuses them at the door'
-        yield warning("delivery", where, what, hint)
+        yield warning("delivery", where, what, FOREIGN_KEYS)
 
 
 def takes(status: Status | None, project: str) -> bool:

@@ -29,6 +29,7 @@ from agent.accept.flags.calls import (
 )
 from agent.accept.flags.replies import Replies, Reply, conditional
 from agent.accept.flags.upstream import CONCURRENCY, Failed, Rest, Upstream
+from agent.advice import AWAY
 from agent.config import Project
 from agent.httpd import Message, Receive, Send
 
@@ -238,6 +239,7 @@ class FlagCalls:
                 "PostHog does not answer flag calls; they get the last replies to the same calls",
                 project=self._project,
                 reason=reason,
+                hint=AWAY,
             )
 
     def _refuse(self, status: int, detail: str) -> Reply:
