@@ -138,7 +138,11 @@ def _ask_agent(config: "Config", path: str) -> "tuple[Status | None, list[Findin
     except (OSError, ValueError) as failed:
         hint = "look at its log (journalctl -u capture-agent), and restart it if it hangs"
         return None, [error("agent", path, f"the agent does not answer: {failed}", hint)]
-    return status, list(look(config, status, path))
+    try:
+        return status, list(look(config, status, path))
+    except (KeyError, TypeError, AttributeError):  # a document of other fields
+        hint = "give the agent and this command the same version; see what listens there: ss -xlp"
+        return None, [error("agent", path, "what answers is no agent of this version", hint)]
 
 
 def _again(path: str) -> Status | None:
