@@ -69,7 +69,9 @@ def _findings(config_file: str | None, who: "Person | None") -> "list[Finding]":
     keys = config is not None and all(project.api_key is not None for project in config.projects)
     if config is None:
         return findings
-    path = config.admin.socket if findings or keys else find_socket(config_file, "admin.sock", needed=False)
+    path = config.admin.socket
+    if not os.path.exists(path):  # without a file, the agent may be another user's
+        path = find_socket(config_file, "admin.sock", needed=False)
     status, said = _ask_agent(config, path)
     if status is not None:
         findings = list(map(_unless_the_agents, findings))
