@@ -58,7 +58,12 @@ def _as_lines(shown: Sequence[Shown]) -> bytes:
     for ident, chunk in shown:
         events = opened(chunk)
         if events is None:
-            log.error("a chunk is damaged; its events are not exported", chunk=ident, events=chunk.events)
+            log.error(
+                "a chunk is damaged; its events are not exported",
+                chunk=ident,
+                events=chunk.events,
+                hint="look for the disk's errors (dmesg); delivery will count them as shed",
+            )
         lines += events or ()
     return b"".join(b"%b\n" % line for line in lines)
 

@@ -67,7 +67,11 @@ class Notices:
                 await sock.send("\n".join(lines).encode())
         except OSError as error:
             if not self._lost:
-                log.warning("the service manager cannot be told how the agent is doing", error=error.strerror)
+                log.warning(
+                    "the service manager cannot be told how the agent is doing",
+                    error=error.strerror,
+                    hint="it may end the agent for it: look at NOTIFY_SOCKET and the unit's sandbox",
+                )
             self._lost = True
         else:
             self._lost = False

@@ -86,7 +86,11 @@ class Pulse:
         """Whether no delivery is wedged; a change is logged."""
         why = self.outside.wedged() if self.outside is not None else ""
         if why and not self._wedged:
-            log.error("a delivery makes no progress; systemd starts the agent anew if it stays so", why=why)
+            log.error(
+                "a delivery makes no progress",
+                why=why,
+                hint="systemd starts the agent anew if it stays so; please report it",
+            )
         elif self._wedged and not why:
             log.info("all deliveries make progress")
         self._wedged = why

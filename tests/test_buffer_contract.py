@@ -27,8 +27,8 @@ from agent.buffer import (
     Lease,
     Limits,
     leased,
-    newly_dropped,
 )
+from agent.buffer.entries import newly_dropped
 from agent.buffer.lanes import MOST_LANES
 from agent.buffer.memory import open_memory
 from agent.buffer.sqlite import open_sqlite

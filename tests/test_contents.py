@@ -253,7 +253,7 @@ async def test_a_damaged_chunk_is_left_out(tmp_path: Path) -> None:
     good = b'{"event":"good"}'
     async with open_memory(settings.Buffer(path="/memory", kind="memory")) as buffer:
         await buffer.put([chunk(1, b"{}"), chunk(0, good)], Tally(source="app", received=2))
-        view = View(lambda _private: {}, lambda: "", CollectorRegistry(), buffer)
+        view = View(lambda _private: {}, lambda: "", CollectorRegistry(), buffer, dict)
         transport = httpx.ASGITransport(make_app(view, private=True))
         async with httpx.AsyncClient(transport=transport, base_url="http://agent") as client:
             assert (await client.get("/export")).content == good + b"\n"
@@ -262,7 +262,7 @@ async def test_a_damaged_chunk_is_left_out(tmp_path: Path) -> None:
 async def test_the_address_has_neither() -> None:
     """What events contain is on the socket only."""
     async with open_memory(settings.Buffer(path="/memory", kind="memory")) as buffer:
-        view = View(lambda _private: {}, lambda: "", CollectorRegistry(), buffer)
+        view = View(lambda _private: {}, lambda: "", CollectorRegistry(), buffer, dict)
         transport = httpx.ASGITransport(make_app(view, private=False))
         async with httpx.AsyncClient(transport=transport, base_url="http://agent") as client:
             for path in ("/export", "/backup", "/tail"):

@@ -11,7 +11,6 @@ from contextlib import asynccontextmanager
 from itertools import islice
 from typing import NoReturn
 
-import msgspec
 import trio
 
 from agent import config
@@ -30,14 +29,13 @@ from agent.buffer import (
     Replayed,
     Shown,
     Stats,
-    entries_put,
-    entries_settle,
     first_of,
-    newly_dropped,
     revived,
     too_old_at,
 )
+from agent.buffer.entries import entries_put, entries_settle, newly_dropped
 from agent.buffer.lanes import Lane, Lanes, Queue, Stranger
+from agent.buffer.memory_letters import MemoryLetters
 from agent.buffer.waiting import Waiting
 from agent.events import Chunk, Tally, label_of
 
@@ -60,9 +58,7 @@ class MemoryBuffer:
         self._lanes = Lanes()
         self._last = 0
         self._bytes = 0
-        self._dead: dict[int, DeadLetter] = {}
-        self._dead_bytes = 0
-        self._last_letter = 0
+        self._dead = MemoryLetters(settings.max_size // DEAD_SHARE)
         self._clocks: dict[str, int] = {}
         self._drops: dict[str, int] = {}
         self._books: Books = Counter()
@@ -200,46 +196,36 @@ class MemoryBuffer:
             self._remove(ident)
         self._lanes.forget((lease.project, lease.key), lease.ids)
         for event in dead:
-            self._bury(event)
+            if evicted := self._dead.bury(event):
+                self._books[Entry("dead_evicted", "", "")] += evicted
         self._books.update(entries_settle(lease, dead, rest, damaged, warned))
         self._show()
         await trio.lowlevel.checkpoint()
 
-    def _bury(self, event: DeadEvent) -> None:
-        self._last_letter += 1
-        self._dead[self._last_letter] = DeadLetter(id=self._last_letter, **msgspec.structs.asdict(event))
-        self._dead_bytes += len(event.event)
-        while self._dead_bytes > self._settings.max_size // DEAD_SHARE:
-            self._forget(next(iter(self._dead)))
-            self._books[Entry("dead_evicted", "", "")] += 1
-
-    def _forget(self, ident: int) -> None:
-        self._dead_bytes -= len(self._dead.pop(ident).event)
-
     async def letters_kept(self) -> LettersKept:
         """See `DeadLetters.letters_kept`."""
         await trio.lowlevel.checkpoint()
-        return LettersKept(len(self._dead), self._last_letter)
+        return LettersKept(len(self._dead.kept), self._dead.newest)
 
     async def letters(self, after: int, most: int) -> Sequence[DeadLetter]:
         """See `DeadLetters.letters`."""
         await trio.lowlevel.checkpoint()
-        return list(islice((letter for ident, letter in self._dead.items() if ident > after), most))
+        return list(islice((letter for ident, letter in self._dead.kept.items() if ident > after), most))
 
     async def letter(self, ident: int) -> DeadLetter | None:
         """See `DeadLetters.letter`."""
         await trio.lowlevel.checkpoint()
-        return self._dead.get(ident)
+        return self._dead.kept.get(ident)
 
     async def replay(self, ids: Sequence[int]) -> Replayed:
         """See `DeadLetters.replay`."""
         await trio.lowlevel.checkpoint()
-        letters = [self._dead[ident] for ident in dict.fromkeys(ids) if ident in self._dead]
+        letters = self._dead.of_ids(ids)
         for number, letter in enumerate(letters):
             chunk = revived(letter)
             if self._bytes + _cost(chunk) > self._settings.max_size:
                 return Replayed(number, full=True)
-            self._forget(letter.id)
+            self._dead.forget(letter.id)
             self._books[Entry("replayed", label_of(letter.project, letter.key), "")] += 1
             self._insert(chunk)
             self._show()
@@ -248,9 +234,9 @@ class MemoryBuffer:
     async def purge(self, ids: Sequence[int]) -> int:
         """See `DeadLetters.purge`."""
         await trio.lowlevel.checkpoint()
-        letters = [self._dead[ident] for ident in dict.fromkeys(ids) if ident in self._dead]
+        letters = self._dead.of_ids(ids)
         for letter in letters:
-            self._forget(letter.id)
+            self._dead.forget(letter.id)
             self._books[Entry("purged", label_of(letter.project, letter.key), "")] += 1
         return len(letters)
 
@@ -319,7 +305,7 @@ class MemoryBuffer:
             disk_bytes=0,
             limit_bytes=self._settings.max_size,
             oldest=next((chunk.received_at for chunk in self._chunks.values()), None),
-            dead_letters=len(self._dead),
+            dead_letters=len(self._dead.kept),
             free_bytes=max(0, self._settings.max_size - self._bytes),
             waiting=self._callers,
             unleased=self._lanes.waiting,

@@ -2,7 +2,8 @@
 
 import sqlite3
 
-from agent.buffer import CLOCKS_KEPT, SOCKETS_KEPT, Entry, newly_dropped
+from agent.buffer import CLOCKS_KEPT, SOCKETS_KEPT, Entry
+from agent.buffer.entries import newly_dropped
 from agent.buffer.rows import Change
 
 READ_CLOCKS = "SELECT boot, ahead FROM clock ORDER BY id"

@@ -12,12 +12,11 @@ from agent.buffer import (
     Lease,
     Replayed,
     Shed,
-    entries_put,
-    entries_settle,
     revived,
     too_old_at,
 )
 from agent.buffer.copies import Copies
+from agent.buffer.entries import entries_put, entries_settle
 from agent.buffer.file import PAGE_BYTES, Ownership, Room, connect, disk_bytes
 from agent.buffer.lane_rows import LaneRows
 from agent.buffer.lanes import Lane, Lanes

@@ -94,3 +94,15 @@ class Damaged(msgspec.Struct, frozen=True):
 
     chunk: Chunk
     why: str
+
+
+def for_pace(batch: Batch, verdict: Verdict | Damaged | None) -> Verdict | None:
+    """What a verdict says of PostHog's state: who judges by name takes events, unless none was stored."""
+    match verdict:
+        case Judged(again=again, after=after) if len(again) >= batch.events:
+            return Retry(after, "PostHog could not store the events")
+        case Judged():
+            return Accepted()
+        case Damaged():
+            return None
+    return verdict

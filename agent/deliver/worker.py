@@ -15,7 +15,18 @@ from agent.deliver.courier import Attempt, Courier, Posting
 from agent.deliver.keys import Key, Keys
 from agent.deliver.pace import Hold, Pace, Pass
 from agent.deliver.shipment import CUTS, Shipment
-from agent.deliver.verdict import Accepted, Batch, Damaged, Judged, Refused, Rejected, Retry, Split, Verdict
+from agent.deliver.verdict import (
+    Accepted,
+    Batch,
+    Damaged,
+    Judged,
+    Refused,
+    Rejected,
+    Retry,
+    Split,
+    Verdict,
+    for_pace,
+)
 from agent.events import Chunk, Instant
 from agent.metrics import Metrics
 
@@ -270,7 +281,7 @@ class Delivery:
     def _record(self, leave: Pass, batch: Batch, verdict: Verdict | Damaged | None, *, probe: bool) -> float:
         """Tell the pace; gives how long this batch should rest."""
         now = trio.current_time()
-        said = _for_pace(batch, verdict)
+        said = for_pace(batch, verdict)
         match said:
             case Refused(hold="key" | "billing" as reason, why=text):
                 self.keys.hold(batch.key, reason, text, now, self._uniform)
@@ -333,18 +344,6 @@ class Delivery:
             )
         else:
             log.info("no events with keys of their own are held any more", project=name)
-
-
-def _for_pace(batch: Batch, verdict: Verdict | Damaged | None) -> Verdict | None:
-    """What a verdict says of PostHog's state: who judges by name takes events, unless none was stored."""
-    match verdict:
-        case Judged(again=again, after=after) if len(again) >= batch.events:
-            return Retry(after, "PostHog could not store the events")
-        case Judged():
-            return Accepted()
-        case Damaged():
-            return None
-    return verdict
 
 
 def _delivered(chunks: Sequence[Chunk], others: Sequence[Chunk]) -> list[Chunk]:
