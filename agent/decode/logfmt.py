@@ -2,7 +2,8 @@
 
 There is no standard; this follows what Go's libraries write (go-logfmt, and `strconv.Quote` for texts) and
 people type. A value in quotes is a text. One without is a number, `true`, `false` or `null` where it looks
-like JSON's, else a text; a key alone is true. Of a key that is there twice the last value counts.
+like JSON's, else a text; a key alone is true. Of a key that is there twice the last value counts. White space
+between pairs is ASCII's alone; any other is part of a key or value.
 """
 
 import re
@@ -19,11 +20,11 @@ from agent.events import Read, Reason, Reject, sample
 # A key, its "=", a value in quotes or bare; the last group is the rest of a line that is none of this.
 # Nothing is matched twice (the possessive quantifiers), so that no line costs more than its length.
 _PAIR = re.compile(
-    r'([^\s="]++)(?:(=)(?:"([^"\\]*+(?:\\.[^"\\]*+)*+)"|([^\s"]*+)))?+(?=\s|\Z)|(\S.*)', re.DOTALL
+    r'([^\s="]++)(?:(=)(?:"([^"\\]*+(?:\\.[^"\\]*+)*+)"|([^\s"]*+)))?+(?=\s|\Z)|(\S.*)', re.ASCII | re.DOTALL
 )
-# What is a number without quotes. A double holds 15 digits exactly; more are an id, which must not be
-# rounded, and exponents of three digits can leave a double's range.
-_DIGITS = r"-?(?:0|[1-9][0-9]{0,14})(?:\.[0-9]{1,17})?(?:[eE][+-]?[0-9]{1,2})?"
+# What is a number without quotes. A double holds 15 digits exactly, before and behind the point together;
+# more are an id or an amount, which must not be rounded. Exponents of three digits can leave its range.
+_DIGITS = r"(?!-?(?:[0-9]\.?){16})-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,2})?"
 _NUMBER = re.compile(_DIGITS)
 # The event's own fields are texts; only `timestamp` may be a number.
 _ROOTS = ("event", "distinct_id", "uuid")
