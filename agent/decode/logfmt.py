@@ -24,7 +24,7 @@ _PAIR = re.compile(
 )
 # What is a number without quotes. A double holds 15 digits exactly, before and behind the point together;
 # more are an id or an amount, which must not be rounded. Exponents of three digits can leave its range.
-_DIGITS = r"(?!-?(?:[0-9]\.?){16})-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,2})?"
+_DIGITS = r"-?(?:0(?:\.[0-9]{1,14})?|[1-9](?!(?:\.?[0-9]){15})[0-9]*(?:\.[0-9]+)?)(?:[eE][+-]?[0-9]{1,2})?"
 _NUMBER = re.compile(_DIGITS)
 # The event's own fields are texts; only `timestamp` may be a number.
 _ROOTS = ("event", "distinct_id", "uuid")
