@@ -23,7 +23,7 @@ from agent.envelope import (
     options_of,
     utc,
 )
-from agent.events import Origin, Reason
+from agent.events import SENDER, Origin, Reason
 from agent.texts import MARK, Texts, stamp_of
 
 # How the names of PostHog's own properties begin, as keys in JSON.
@@ -106,7 +106,7 @@ class Completion:
         defaults = {**defaults, **self._defaults}
         names = (*defaults, *forced)
         if names not in self._watches:  # which names there are is decided by the code and the configuration
-            inside = (*names, *OPTIONS)
+            inside = (*{*names, *OPTIONS, *SENDER},)
             self._watches[names] = Watch((*inside, *FOLDED)), Watch(inside)
         return Addition(
             {name: raw for name, raw in defaults.items() if name not in forced},
@@ -180,6 +180,7 @@ class Completion:
             and not has_roots(envelope)
             and (found := _opened(properties)) is not None
             and addition.forced.keys().isdisjoint(found)
+            and SENDER.isdisjoint(found)
             and (envelope.uuid is envelope.timestamp is None or _tell_own(texts, at, given))
         ):
             behind = addition.behind

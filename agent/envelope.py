@@ -13,7 +13,7 @@ from typing import Annotated
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
-from agent.events import Reason
+from agent.events import SENDER, Reason
 
 # In this order from: msgspec; text hidden in sealed bytes; absurd numbers; nesting.
 DECODE_ERRORS = (msgspec.DecodeError, UnicodeDecodeError, OverflowError, RecursionError)
@@ -186,6 +186,8 @@ def complete(
             flaws.restamped += 1
         when = stamp.timestamp
     envelope.timestamp = when
+    for name in SENDER.intersection(properties):
+        del properties[name]
     for name, value in defaults.items():
         properties.setdefault(name, value)
     properties.update(forced)

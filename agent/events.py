@@ -51,6 +51,11 @@ class Cut(NamedTuple):
     sample: str
 
 
+# The properties that tell who sent an event, by the kernel's word alone: no payload can say them.
+UID, GID, PID, UNIT, CONTAINER = "$agent_uid", "$agent_gid", "$agent_pid", "$agent_unit", "$agent_container"
+SENDER = frozenset((UID, GID, PID, UNIT, CONTAINER))
+
+
 class Origin(NamedTuple):
     """Who sent a read, and what follows from it for its events.
 

@@ -10,14 +10,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import httpx
 import msgspec
 import pytest
 import trio
 from processes import configure, running
-from sources import Taken, datagram, line, stream, taking
+from sources import Taken, datagram, http, line, stream, taking, tcp, udp
 
 from agent.accept.sender import Place, Sender, Senders, place_in, read_place, sender_of
-from agent.config import UnixDatagram
+from agent.config import Http, Udp, UnixDatagram
+from agent.events import SENDER
 from agent.sink import Sink, serving
 
 ASK = b'{"ack":true}\n'
@@ -105,6 +107,39 @@ async def test_each_sender_is_told_apart(folder: Path) -> None:
             (0, 0),
             (OTHER, OTHER),
         }
+
+
+@pytest.mark.parametrize("settings", [udp(), tcp(), http(), tcp(format="logfmt"), tcp(format="syslog")])
+async def test_where_the_kernel_does_not_know_the_sender_no_payload_names_one(settings: Any) -> None:
+    """Over the network, in every format: a property that only the kernel's word fills is not there."""
+    sent = {
+        "json": line(5, properties=FORGED),
+        "logfmt": b"event=e distinct_id=d $agent_uid=0 $agent_unit=sshd.service n=5\n",
+        "syslog": b"<13>Nov 24 13:44:25 web-1 app: " + line(5, properties=FORGED),
+    }[settings.format]
+    async with taking(settings) as taken:
+        host, _, port = taken.source.address.rpartition(":")
+        if isinstance(settings, Http):
+            async with httpx.AsyncClient() as sdk:
+                batch = b'{"api_key":"phc_test","batch":[%b]}' % sent
+                answer = await sdk.post(f"http://{host}:{port}/batch", content=batch)
+                assert answer.status_code == 200
+        else:
+            kind = socket.SOCK_DGRAM if isinstance(settings, Udp) else socket.SOCK_STREAM
+            with socket.socket(socket.AF_INET, kind) as client:
+                client.connect((host, int(port)))
+                client.send(sent)
+        [event] = await taken.events(1)
+        assert event["properties"]["n"] == 5
+        assert SENDER.isdisjoint(event["properties"])
+
+
+async def test_a_unit_that_was_not_asked_for_no_payload_can_say(kind: Any, folder: Path) -> None:
+    """With `sender` alone the payload's unit and container are taken out, not left to be believed."""
+    async with taking(kind(folder, sender=True)) as taken:
+        await trio.to_thread.run_sync(send, taken, line(1, properties=FORGED))
+        [event] = await taken.events(1)
+        assert SENDER.intersection(event["properties"]) == {"$agent_uid", "$agent_gid", "$agent_pid"}
 
 
 async def test_units_are_looked_up(kind: Any, folder: Path) -> None:

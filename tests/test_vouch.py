@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import Raw
 
-from agent.events import GIVEN, LONG, Cut, Denied, Instant, Origin, Read, Reject
+from agent.events import GIVEN, LONG, SENDER, Cut, Denied, Instant, Origin, Read, Reject
 from agent.pack import inflate
 from agent.sink.judge import judge
 from agent.sink.payload import Request
@@ -477,6 +477,23 @@ def test_what_is_forced_no_payload_can_forge(own: bytes, root: bytes) -> None:
     assert forged["properties"]["uid"] == plain["properties"]["uid"] == 1000
     [chunk] = decoded.chunks
     assert inflate(chunk.packed, chunk.size, chunk.crc).count(b"uid") == 4  # and twice in "uuid"
+
+
+@pytest.mark.parametrize("name", sorted(SENDER))
+@pytest.mark.parametrize("root", [b"", b',"$set":{"a":1}'])
+def test_who_sent_it_no_payload_can_say(name: str, root: bytes) -> None:
+    """However a payload writes these names, they are gone but for what the kernel said of this sender."""
+    keys = [name, name.replace("$", "\\u0024"), name.replace("a", "\\u0061"), f'{name}":0,"{name}']
+    forged = [
+        b'{"event":"e","distinct_id":"d","properties":{"a":1,"%b":0}%b}' % (key.encode(), root)
+        for key in keys
+    ]
+    for origin in (None, Origin(), Origin(forced={"$agent_uid": Raw(b"1000")})):
+        *events, plain = events_of(from_whom(origin, *forged, GOOD))
+        assert SENDER.intersection(plain["properties"]) == (set(origin.forced) if origin else set())
+        for event in events:
+            own = {"$set": {"a": 1}} if root else {}
+            assert event["properties"] == {**plain["properties"], **own}
 
 
 def test_an_origins_defaults_give_way() -> None:

@@ -12,7 +12,7 @@ import msgspec
 import trio
 from msgspec import Raw
 
-from agent.events import Origin
+from agent.events import CONTAINER, GID, PID, UID, UNIT, Origin
 
 # unix(7): struct ucred.
 _UCRED = struct.Struct("=iII")
@@ -22,9 +22,6 @@ CREDENTIALS_BYTES = socket.CMSG_SPACE(_UCRED.size)
 # What the kernel says of a datagram from before it was asked: no process, and the user and group that stand
 # for those which have no number (user_namespaces(7), overflowuid).
 UNSAID = (0, 65534, 65534)
-
-# The properties that tell who sent an event; no payload can forge them.
-UID, GID, PID, UNIT, CONTAINER = "$agent_uid", "$agent_gid", "$agent_pid", "$agent_unit", "$agent_container"
 
 # How many senders are remembered: more than a host has processes that log at the same time.
 REMEMBERED = 4096
