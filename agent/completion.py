@@ -90,20 +90,30 @@ class Run(NamedTuple):
 
 
 class Completion:
-    """One source's: what it adds to its events, and the id of those that have none."""
+    """One source's: what it adds to its events, and the id of those that have none.
 
-    def __init__(self, properties: Mapping[str, object], distinct_id: str) -> None:
-        self._defaults = {name: Raw(_encode(value)) for name, value in properties.items()}
+    `made` is what it adds to those only that are made of other text.
+    """
+
+    def __init__(
+        self, properties: Mapping[str, object], made: Mapping[str, object], distinct_id: str
+    ) -> None:
+        self._defaults = {name: Raw(_encode(value)) for name, value in {**made, **properties}.items()}
+        self._less = {name: self._defaults[name] for name in properties}
         self._distinct_id = distinct_id
         self._watches: dict[tuple[str, ...], tuple[Watch, Watch]] = {}
-        self._own = self._add({}, {})
+        self._whole, self._part = (self._add({}, {}, own) for own in (self._defaults, self._less))
 
-    def addition(self, origin: Origin | None) -> Addition:
-        """What events of this origin are given."""
-        return self._own if origin is None else self._add(origin.defaults, origin.forced)
+    def addition(self, origin: Origin | None, *, own: bool = False) -> Addition:
+        """What events of this origin are given; less where they are a client's own."""
+        if origin is None:
+            return self._part if own else self._whole
+        return self._add(origin.defaults, origin.forced, self._less if own else self._defaults)
 
-    def _add(self, defaults: Mapping[str, Raw], forced: Mapping[str, Raw]) -> Addition:
-        defaults = {**defaults, **self._defaults}
+    def _add(
+        self, defaults: Mapping[str, Raw], forced: Mapping[str, Raw], ours: Mapping[str, Raw]
+    ) -> Addition:
+        defaults = {**defaults, **ours}
         names = (*defaults, *forced)
         if names not in self._watches:  # which names there are is decided by the code and the configuration
             inside = (*{*names, *OPTIONS, *SENDER},)
@@ -129,9 +139,12 @@ class Completion:
             text = b"\n".join(bytes(envelope.properties) for envelope in texts.envelopes)
             rooted = any(map(has_roots, texts.envelopes))
         odd: dict[int, Reason] = {}
+        seen: dict[Watch, bool] = {}
         for run in runs:
-            concerned = rooted or run.addition.chunk.sees(text)
-            self._complete(texts, run, flaws, given, odd, concerned=concerned)
+            watch = run.addition.chunk
+            if watch not in seen:
+                seen[watch] = rooted or watch.sees(text)
+            self._complete(texts, run, flaws, given, odd, concerned=seen[watch])
         return odd
 
     def _complete(

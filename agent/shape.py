@@ -6,7 +6,7 @@ may matter. Once opened they hold each key once, and no escape that JSON does no
 """
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import compress
 
@@ -14,6 +14,7 @@ import msgspec
 from msgspec import Raw
 
 from agent.config import Common
+from agent.decode.lines import Lines
 from agent.envelope import DECODE_ERRORS, Envelope, complete_id, fold, has_roots, utc
 from agent.events import UNREMARKABLE, Reason, Reject, sample
 from agent.globs import CACHED_NAMES, Names, finds
@@ -65,33 +66,28 @@ class Shape:
         self._finds = [*finds(list(self._properties)), *self._hiding.finds]
         self.secretive = bool(settings.redact or settings.hash)
 
-    @property
-    def names(self) -> Collection[str]:
-        """Names that properties may get here."""
-        return self._properties.values()
-
-    def taken(
-        self,
-        lines: Sequence[int],
-        places: list[tuple[int, int]] | None,
-        envelopes: list[Envelope],
-        rejects: list[Reject],
-    ) -> tuple[list[tuple[int, int]] | None, list[Envelope]]:
-        """The decoded events that are taken, shaped, and their places; the others are added to the rejects.
-
-        `lines` is how many lines each read had; `places` of which read and which of its lines each event is,
-        None where every line is an event.
-        """
+    def taken(self, decoded: Lines) -> Lines:
+        """The decoded events that are taken, shaped; the others are added to the rejects."""
+        lines, places, envelopes, rejects, text, own = decoded
+        if self._properties:
+            text = None  # it does not hold the names that properties get here
         refused = self.apply(envelopes)
         if not refused:
-            return places, envelopes
+            return decoded._replace(text=text)
         if places is None:
             places = [(read, line) for read, count in enumerate(lines) for line in range(count)]
         for at, reason in refused.items():
             shown = "" if reason in UNREMARKABLE else sample(_encode(envelopes[at]))
             rejects.append(Reject(*places[at], reason, shown))
         kept = [at not in refused for at in range(len(envelopes))]
-        return list(compress(places, kept)), list(compress(envelopes, kept))
+        return Lines(
+            lines,
+            list(compress(places, kept)),
+            list(compress(envelopes, kept)),
+            rejects,
+            text,
+            list(compress(own, kept)) if own is not None else None,
+        )
 
     def apply(self, envelopes: Sequence[Envelope]) -> dict[int, Reason]:
         """Shape decoded events in place; those that are not taken, by their place, and why."""

@@ -43,11 +43,15 @@ _encode = msgspec.json.Encoder().encode
 
 
 class Rules(msgspec.Struct, frozen=True, kw_only=True):
-    """What a source adds to its events, the largest line (bytes) it takes, and where its events go."""
+    """What a source adds to its events, the largest line (bytes) it takes, and where its events go.
+
+    `made` is added only to events that were made of other text, and gives way to `properties`.
+    """
 
     source: str
     project: str
     properties: Mapping[str, object]
+    made: Mapping[str, object] = {}
     distinct_id: str
     max_event: int
     max_batch_events: int
@@ -78,7 +82,7 @@ class Door:
         self.rules = rules
         self._format = form or Json(rules.max_event)
         self._shape = shape
-        self._completion = Completion(rules.properties, rules.distinct_id)
+        self._completion = Completion(rules.properties, rules.made, rules.distinct_id)
 
     def vouch(self, reads: Sequence[Read], random: int) -> Decoded:
         """Chunks of all that is good in the reads, and a reject for each line that is not.
@@ -86,16 +90,18 @@ class Door:
         `random` has `RANDOM_BITS` bits and is never given twice.
         """
         flaws = Flaws()
-        lines, places, envelopes, rejects, text = self._format.decode(reads, flaws)
+        decoded = self._format.decode(reads, flaws)
         if self._shape is not None:
-            places, envelopes = self._shape.taken(lines, places, envelopes, rejects)
-            text = None if self._shape.names else text
+            decoded = self._shape.taken(decoded)
+        lines, places, envelopes, rejects, text, own = decoded
         stamps = stamps_of(reads, lines)
         if places is not None:
             first = list(accumulate(lines, initial=0))
             stamps = [stamps[first[read] + line] for read, line in places]
         uuids = uuids_of(reads[0].at.wall if reads else 0, random, len(envelopes))
         runs = self._runs(reads, lines, places)
+        if own is not None:
+            runs = list(self._of_own(runs, own))
         prefixes = [prefix for run in runs for prefix in [run.addition.prefix] * (run.end - run.first)]
         texts = Texts(envelopes, prefixes, [], uuids, stamps)
         given: set[str] = set()
@@ -134,6 +140,16 @@ class Door:
                 runs.append(Run(first, end, origin, self._completion.addition(origin)))
             first = end
         return runs
+
+    def _of_own(self, runs: Sequence[Run], own: Sequence[bool]) -> Iterator[Run]:
+        """The runs cut where events that clients wrote meet others, which are given more."""
+        for run in runs:
+            less = self._completion.addition(run.origin, own=True)
+            first = run.first
+            for is_own, group in groupby(own[run.first : run.end]):
+                end = first + sum(1 for _ in group)
+                yield Run(first, end, run.origin, less if is_own else run.addition)
+                first = end
 
     def _shares(self, runs: Sequence[Run], odd: Sequence[int]) -> Iterator[tuple[Owner, int, int]]:
         """Whose the events are that are left without the odd ones: owner, first, end."""

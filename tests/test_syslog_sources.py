@@ -148,6 +148,41 @@ async def test_an_event_in_a_message_is_that_event(tmp_path: Path) -> None:
         assert events[0]["properties"]["plan"] == events[1]["properties"]["plan"] == "pro"
 
 
+@pytest.mark.parametrize("told", [{}, {"sender": True}, {"drop": ("noise",)}, {"redact": ("secret",)}])
+async def test_an_event_in_a_message_keeps_its_person(told: dict[str, Any], tmp_path: Path) -> None:
+    """No profile is denied to the person of a JSON event, while lines beside it have none, in any order."""
+    noise, signup = (b'{"event":"%b","distinct_id":"u"}' % name for name in (b"noise", b"signup"))
+    lines = [
+        LINE,
+        noise,
+        LINE,
+        b"<13>Nov 24 13:44:25 web-1 app: @cee: " + signup,
+        signup,
+        LINE,
+        noise,
+        signup,
+    ]
+    async with taking(stream(tmp_path, format="syslog", **told)) as taken:
+        async with await trio.open_unix_socket(taken.source.address) as sender:
+            await sender.send_all(b"\n".join((*lines, b"")))
+        events = await taken.events(6 if "drop" in told else 8)
+        assert len([event for event in events if event["event"] == "signup"]) == 3
+        for event in events:
+            made = event["event"] == "syslog"
+            assert ("options" in event) == ("$process_person_profile" in event["properties"]) == made
+            assert event["properties"]["$lib"] == "capture-agent"
+
+
+async def test_a_profile_that_is_configured_is_every_events(tmp_path: Path) -> None:
+    """What the source's `properties` say holds for lines and for JSON events alike."""
+    settings = stream(tmp_path, format="syslog", properties={"$process_person_profile": True})
+    async with taking(settings) as taken:
+        async with await trio.open_unix_socket(taken.source.address) as sender:
+            await sender.send_all(LINE + b'\n{"event":"signup","distinct_id":"u"}\n')
+        events = await taken.events(2)
+        assert [event["options"] for event in events] == [{"process_person_profile": True}] * 2
+
+
 @pytest.mark.skipif(shutil.which("logger") is None, reason="needs logger(1)")
 @pytest.mark.parametrize("rfc", ["--rfc3164", "--rfc5424", None])
 @pytest.mark.parametrize("make", [datagram, stream, udp, tcp])

@@ -140,12 +140,14 @@ def _rules(settings: Settings, project: Project) -> Rules:
         ours = {"$lib": "capture-agent", "$lib_version": __version__}
     if project.delivery.disable_geoip and not isinstance(settings, Http):
         ours["$geoip_disable"] = True
+    made: dict[str, object] = {}
     if settings.format == "syslog":  # a host is no person, and profiles cost
-        ours["$process_person_profile"] = False
+        made["$process_person_profile"] = False
     return Rules(
         source=settings.name,
         project=project.name,
         properties={**ours, **settings.properties},
+        made=made,
         # Of a line that is JSON the decoder knows the hostname; without one it is this host's.
         distinct_id=settings.distinct_id.replace("{hostname}", socket.gethostname()),
         max_event=settings.max_event,

@@ -12,7 +12,8 @@ class Lines(NamedTuple):
 
     `lines` is how many non-empty lines each read had. `places` says of which read and which of its lines each
     envelope is; None where every line is an event. `text` holds everything that the envelopes' sealed bytes
-    hold, None where nobody has laid it together yet.
+    hold, None where nobody has laid it together yet. `own` says of each envelope whether a client wrote it as an
+    event, and it was not made of other text; None where all are alike.
     """
 
     lines: list[int]
@@ -20,6 +21,7 @@ class Lines(NamedTuple):
     envelopes: list[Envelope]
     rejects: list[Reject]
     text: bytes | None = None
+    own: list[bool] | None = None
 
 
 class Format(Protocol):

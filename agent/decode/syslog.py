@@ -60,11 +60,13 @@ class Syslog:
                 lines = self._fitting(number, lines, rejects)
             self._times.receive(read.at.wall)
             parsed += [parse(line, self._times) for line in _texts(lines)]
+        envelopes, own = self._envelopes(parsed, flaws)
         return Lines(
             lines=counts,
             places=_places(counts, rejects) if rejects else None,
-            envelopes=self._envelopes(parsed, flaws),
+            envelopes=envelopes,
             rejects=rejects,
+            own=own,
         )
 
     def _fitting(self, read: int, lines: Sequence[bytes], rejects: list[Reject]) -> list[bytes]:
@@ -77,11 +79,15 @@ class Syslog:
                 rejects.append(Reject(read, number, "too_large", sample(line)))
         return fitting
 
-    def _envelopes(self, parsed: Sequence[Parsed], flaws: Flaws) -> list[Envelope]:
-        """What the lines say as envelopes; a line whose message is a JSON event becomes that event."""
+    def _envelopes(self, parsed: Sequence[Parsed], flaws: Flaws) -> tuple[list[Envelope], list[bool] | None]:
+        """What the lines say as envelopes; a line whose message is a JSON event becomes that event.
+
+        And which of them did, None where none.
+        """
         sealed = _encode_lines([said for said, _ in parsed]).split(b"\n")
         named: dict[object, _Named] = {}
-        envelopes = []
+        envelopes: list[Envelope] = []
+        own: list[int] = []
         for (said, stamp), raw in zip(parsed, sealed, strict=False):  # a newline ends the last
             fields = self._fields(said)
             if (known := named.get(fields)) is None:
@@ -92,8 +98,13 @@ class Syslog:
                 envelope = Envelope(event, who, None, stamp, Raw(raw))
                 if cut:
                     flaws.truncated += 1
+            else:
+                own.append(len(envelopes))
             envelopes.append(envelope)
-        return envelopes
+        if not own:
+            return envelopes, None
+        known_own = set(own)
+        return envelopes, [at in known_own for at in range(len(envelopes))]
 
     def _named(self, said: Properties) -> _Named:
         """The name and the distinct id of events from lines that say this."""
