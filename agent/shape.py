@@ -21,10 +21,7 @@ from agent.globs import CACHED_NAMES, Names, finds
 from agent.hide import Hiding, Keyed, is_nobody
 from agent.patterns import REDACTED, Pattern
 from agent.scan import Laid
-from agent.shape_checks import PROPERTY
-
-# The id beside the properties, as `hash` names it.
-DISTINCT_ID = "distinct_id"
+from agent.shape_checks import DISTINCT_ID, PROPERTY
 
 # A float stays the text that it is: one beyond a double, or with more digits, is not ours to change.
 _decode = msgspec.json.Decoder(dict[str, object], float_hook=lambda text: Raw(text.encode())).decode

@@ -12,6 +12,8 @@ Wrong = tuple[str, str]
 
 # How `rename` writes a property.
 PROPERTY = "properties."
+# The id beside the properties, as `hash` names it.
+DISTINCT_ID = "distinct_id"
 # Names of events are cut there (`agent/envelope.py`): a longer one would never be met, or be cut again.
 LONGEST = 200
 # RFC 2104 wants 32 bytes for SHA-256; 16 are what nobody can guess. Whoever has the key can try out ids.
@@ -64,6 +66,14 @@ def warnings(source: Common) -> Iterator[Wrong]:
         name = old.removeprefix(PROPERTY)
         if old.startswith(PROPERTY) and name in hidden and new not in hidden:
             yield f"rename.{old}", f"comes before redact and hash, which name {name!r} and not {new!r}"
+    if source.format != "syslog" or DISTINCT_ID in source.hash:
+        return
+    for name in ("hostname", "app"):
+        if f"{{{name}}}" in source.distinct_id and name in hidden:
+            yield (
+                DISTINCT_ID,
+                f"tells the {name} that redact or hash names: add {DISTINCT_ID!r} to hash, or set another",
+            )
 
 
 def _globs(setting: str, globs: Sequence[str]) -> Iterator[Wrong]:

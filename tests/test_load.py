@@ -734,3 +734,21 @@ def test_a_name_that_is_renamed_before_it_would_be_hidden_is_warned_of() -> None
             "comes before redact and hash, which name 'mail' and not 'contact'",
         )
     ]
+
+
+@pytest.mark.parametrize(
+    ("told", "names"),
+    [
+        ("redact = ['hostname']", ["hostname"]),
+        ("redact = ['host*', 'app', '@ip']\ndistinct_id = '{app}@{hostname}'", ["hostname", "app"]),
+        ("redact = ['app']", []),
+        ("redact = ['hostname']\ndistinct_id = 'fleet'", []),
+        ("redact = ['hostname']\nhash = ['distinct_id']\nhash_key = 'sixteen and more'", []),
+        ("hash = ['hostname']\nhash_key = 'sixteen and more'", ["hostname"]),
+    ],
+)
+def test_a_hidden_name_that_the_distinct_id_tells_is_warned_of(told: str, names: list[str]) -> None:
+    """A syslog source whose ids are made of what it hides says so, and what to do."""
+    config = read(f"{KEY}[[source]]\nkind = 'udp'\nformat = 'syslog'\n{told}\n")
+    what = "tells the {} that redact or hash names: add 'distinct_id' to hash, or set another"
+    assert list(warnings(config)) == [("source[udp].distinct_id", what.format(name)) for name in names]

@@ -12,8 +12,8 @@ class Lines(NamedTuple):
 
     `lines` is how many non-empty lines each read had. `places` says of which read and which of its lines each
     envelope is; None where every line is an event. `text` holds everything that the envelopes' sealed bytes
-    hold, None where nobody has laid it together yet. `own` says of each envelope whether a client wrote it as an
-    event, and it was not made of other text; None where all are alike.
+    hold, None where nobody has laid it together yet. `own` says which envelopes clients wrote as events,
+    while others were made of text; None where all are alike.
     """
 
     lines: list[int]
