@@ -2,11 +2,11 @@
 
 At any depth. A value is redacted by its name first, else hashed by its name, else looked through for
 patterns; so a hash is always that of the value that came, and the same for an id wherever it stands. Names of
-properties are looked through for patterns too.
+properties are looked through for patterns too; none is lost where several become the same.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from msgspec import Raw
 from msgspec.json import Encoder
@@ -82,8 +82,7 @@ class Hiding:
             elif patterns or isinstance(value, _CONTAINERS):
                 properties[name] = self._shown(value, patterns)
         if patterns and _tells(patterns, "\n".join(properties)):
-            for name in [name for name in properties if _tells(patterns, name)]:
-                properties[_without(patterns, name)] = properties.pop(name)
+            _rename(properties, {name: _without(patterns, name) for name in properties})
 
     def _shown(self, value: object, patterns: Sequence[Pattern]) -> object:
         """What is shown of a value whose name hides nothing."""
@@ -109,6 +108,18 @@ class Hiding:
             case _:
                 text = _encode(value).decode()
         return value if name in _IDS and is_nobody(text) else self._keyed(text)
+
+
+def _rename(properties: dict[str, object], shown: Mapping[str, str]) -> None:
+    """Give properties the names that are shown of theirs; where names become equal, they get numbers."""
+    numbers: dict[str, int] = {}
+    for name, new in shown.items():
+        if new != name:
+            free = new
+            while free in properties:
+                numbers[new] = number = numbers.get(new, 1) + 1
+                free = f"{new} {number}"
+            properties[free] = properties.pop(name)
 
 
 def _without(patterns: Sequence[Pattern], text: str) -> str:

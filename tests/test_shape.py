@@ -249,6 +249,21 @@ def test_redact_by_name() -> None:
     }
 
 
+def test_no_property_is_lost_where_names_become_equal() -> None:
+    """The first name that is redacted is that alone, the others have numbers that nothing has yet."""
+    came = {"a@x.de": 1, "[redacted] 2": 2, "b@x.de": 3, "c@x.de": 4, "to d@x.de": 5, "to e@x.de": 6}
+    told = properties(door(redact=("@email",)), {**came, "deep": {"[redacted]": 7, "f@x.de": {"g@x.de": 8}}})
+    assert told == {
+        "[redacted]": 1,
+        "[redacted] 2": 2,
+        "[redacted] 3": 3,
+        "[redacted] 4": 4,
+        "to [redacted]": 5,
+        "to [redacted] 2": 6,
+        "deep": {"[redacted]": 7, "[redacted] 2": {"[redacted]": 8}},
+    }
+
+
 def test_what_is_not_hidden_stays_as_it_was_written() -> None:
     """Numbers that no double holds are passed on digit by digit, beside what is redacted."""
     line = (
