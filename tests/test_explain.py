@@ -99,6 +99,8 @@ def test_as_json_and_for_one_source(config: str) -> None:
         ('{"event":"other","distinct_id":"d"}', 0, "tcp: refused as filtered: keep does not name it\n"),
         ('{"event":"a","distinct_id":"d","timestamp":"soon"}', 0, "kept as $agent_timestamp\n"),
         (" \n", 2, "There is no event"),
+        ('\n{"event":"a"}\r\n\n{"event":"b"}\n', 2, "--explain takes one"),
+        ('{"event":"a","distinct_id":"d"}\nnonsense', 2, "--explain takes one"),
     ],
 )
 def test_odd_examples(config: str, text: str, code: int, said: str) -> None:

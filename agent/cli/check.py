@@ -83,6 +83,8 @@ def _explain(config: "Config", text: bytes, only: str | None, *, as_json: bool) 
     from agent.accept.explain import explain
     from agent.clock import Clock
 
+    if _several(text):
+        raise click.UsageError("There are several events in the file: --explain takes one.")
     names = [source.name for source in config.sources]
     if only is not None and only not in names:
         raise click.UsageError(f"There is no source {only!r}. There are: {', '.join(names)}.")
@@ -101,6 +103,15 @@ def _explain(config: "Config", text: bytes, only: str | None, *, as_json: bool) 
     else:
         click.echo("\n".join(line for explanation in found for line in _told(explanation)))
     return 0 if any(explanation.accepted for explanation in found) else 1
+
+
+def _several(text: bytes) -> bool:
+    """Whether these are JSON lines: the first one is an event, and it is not the last."""
+    first, _, rest = text.strip().partition(b"\n")
+    try:
+        return bool(rest) and isinstance(json.loads(first), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _told(explanation: "Explanation") -> Iterator[str]:
