@@ -12,6 +12,7 @@ import trio.testing
 from sources import datagram, stream, taking, tcp, udp
 
 ASK = b'{"ack":true}'
+README = Path(__file__).parents[1] / "README.md"
 LINE = b"<38>Nov 24 13:44:25 web-1 sshd[71]: Accepted publickey for deploy"
 NEWER = b"<165>1 2003-10-11T22:14:15.003Z web-2 app 7 ID47 - hello"
 
@@ -181,6 +182,36 @@ async def test_a_profile_that_is_configured_is_every_events(tmp_path: Path) -> N
             await sender.send_all(LINE + b'\n{"event":"signup","distinct_id":"u"}\n')
         events = await taken.events(2)
         assert [event["options"] for event in events] == [{"process_person_profile": True}] * 2
+
+
+@pytest.mark.skipif(shutil.which("rsyslogd") is None, reason="needs rsyslogd")
+async def test_rsyslog_by_the_recipe_of_the_readme(tmp_path: Path) -> None:
+    """A message comes as it was written: no space before it, its tabs and newlines as they are."""
+    recipe = README.read_text().split("- **rsyslog**", 1)[1].split("```")[1]
+    said = ["hello", "a\ttab and\na newline", "schön"]
+    async with taking(tcp(format="syslog")) as taken:
+        own, port = str(tmp_path / "log.sock"), taken.source.address.rpartition(":")[2]
+        config = tmp_path / "rsyslog.conf"
+        config.write_text(
+            f'global(workDirectory="{tmp_path}")\nmodule(load="imuxsock" SysSock.Use="off")\n'
+            f'input(type="imuxsock" Socket="{own}")\n{recipe.replace("5514", port)}'
+        )
+        command = ["rsyslogd", "-n", "-f", str(config), "-i", str(tmp_path / "pid")]
+        async with trio.open_nursery() as nursery:
+            rsyslogd = await nursery.start(trio.run_process, command)
+            while not Path(own).exists():
+                await trio.sleep(0.01)
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+                sender.connect(own)
+                for message in (*said, '{"event":"signup","distinct_id":"u"}'):
+                    sender.send(f"<13>Nov 24 13:44:25 app[71]: {message}".encode())
+            *lines, signup = await taken.events(4)
+            rsyslogd.terminate()
+        assert [event["properties"]["message"] for event in lines] == said
+        assert {(event["properties"]["app"], event["properties"]["procid"]) for event in lines} == {
+            ("app", "71")
+        }
+        assert (signup["event"], signup["distinct_id"]) == ("signup", "u")
 
 
 @pytest.mark.skipif(shutil.which("logger") is None, reason="needs logger(1)")

@@ -315,13 +315,8 @@ class Delivery:
         self._state = state
         name = self.project.name
         if hold:
-            log.error(
-                "delivery is held; events wait in the buffer",
-                project=name,
-                reason=state,
-                why=hold.why,
-                hint=HOLDS[hold.reason],
-            )
+            text, hint = "delivery is held; events wait in the buffer", HOLDS[hold.reason]
+            log.error(text, project=name, reason=state, why=hold.why, hint=hint)
         elif state:
             why = self.trouble and self.trouble.text
             log.warning("delivery waits to try again", project=name, why=why, hint=AWAY)
