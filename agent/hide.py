@@ -2,18 +2,25 @@
 
 At any depth. A value is redacted by its name first, else hashed by its name, else looked through for
 patterns; so a hash is always that of the value that came, and the same for an id wherever it stands. Names of
-properties are looked through for patterns too; none is lost where several become the same.
+properties are looked through for patterns too; none is lost where several become the same. To look for
+patterns takes time: of an event that has too much to look at, what is left is redacted as a whole.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from msgspec import Raw
 from msgspec.json import Encoder
 
 from agent.envelope import OPTIONS
 from agent.globs import Names, finds
-from agent.patterns import PATTERNS, REDACTED, Pattern
+from agent.patterns import PATTERNS, REDACTED, Pattern, weight
+
+# How many names, values, addresses and groups of digits of an event are looked through for patterns: each
+# takes up to 4 µs, and while one event is looked through all others wait. Real events have hundreds.
+MOST = 16_384
+# A text that is shorter counts once, whatever it is.
+_SHORT = 64
 
 _encode = Encoder(order="sorted").encode
 
@@ -59,6 +66,22 @@ def is_nobody(distinct_id: str) -> bool:
     return distinct_id.strip().strip("'\"").lower() in _NOBODY
 
 
+class Look:
+    """The patterns that may be found in one event, and how much of it may still be looked through."""
+
+    def __init__(self, patterns: Sequence[Pattern]) -> None:
+        self.patterns = patterns
+        self._left = MOST
+
+    def may(self, things: int, text: str) -> bool:
+        """Whether so many things, and this text of theirs, may be looked through; then they are counted."""
+        things += weight(text) if len(text) >= _SHORT else 0
+        if things > self._left:
+            return False
+        self._left -= things
+        return True
+
+
 class Hiding:
     """What one source hides; `keyed` is for the names in `hashed`."""
 
@@ -71,28 +94,47 @@ class Hiding:
         self.finds = finds([*names, *hashed])
         self.patterns = [PATTERNS[name] for name in redact if name in PATTERNS]
 
-    def hide(self, properties: dict[str, object], patterns: Sequence[Pattern]) -> None:
-        """Leave nothing in an object that is to be hidden; `patterns` are those that may be found in it."""
+    def hide(
+        self, properties: dict[str, object], patterns: Sequence[Pattern], without: Collection[str] = ()
+    ) -> bool:
+        """Leave nothing in an event's properties that is to be hidden; False where they are too many.
+
+        `patterns` are those that may be found in them; in the values of those `without` nothing is hidden.
+        """
+        return self._hide(properties, Look(patterns), without)
+
+    def _hide(self, properties: dict[str, object], look: Look, without: Collection[str] = ()) -> bool:
+        """The same at any depth."""
+        patterns, names = look.patterns, ""
+        if patterns:
+            names = "\n".join(properties)
+            if not look.may(len(properties), names):
+                return False
         redacted = self._redacted.among(properties)
         hashed = self._hashed.intersection(properties) - redacted
         for name, value in properties.items():
             if name in redacted or name in hashed:
                 if not (isinstance(value, bool) and name in OPTIONS):
                     properties[name] = REDACTED if name in redacted else self._hash(name, value)
-            elif patterns or isinstance(value, _CONTAINERS):
-                properties[name] = self._shown(value, patterns)
-        if patterns and _tells(patterns, "\n".join(properties)):
+            elif (patterns or isinstance(value, _CONTAINERS)) and name not in without:
+                properties[name] = self._shown(value, look)
+        if patterns and _tells(patterns, names):
             _rename(properties, {name: _without(patterns, name) for name in properties})
+        return True
 
-    def _shown(self, value: object, patterns: Sequence[Pattern]) -> object:
+    def _shown(self, value: object, look: Look) -> object:
         """What is shown of a value whose name hides nothing."""
         if isinstance(value, str):
-            return _without(patterns, value)
+            if len(value) >= _SHORT and look.patterns and not look.may(0, value):
+                return REDACTED
+            return _without(look.patterns, value)
         if isinstance(value, dict):
-            self.hide(value, patterns)
-        elif isinstance(value, list):
-            return [self._shown(inner, patterns) for inner in value]
-        elif isinstance(value, _NUMBERS) and _is_number(patterns, value):
+            return value if self._hide(value, look) else REDACTED
+        if isinstance(value, list):
+            if look.patterns and not look.may(len(value), ""):
+                return REDACTED
+            return [self._shown(inner, look) for inner in value]
+        if isinstance(value, _NUMBERS) and _is_number(look.patterns, value):
             return REDACTED
         return value
 

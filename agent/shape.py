@@ -6,9 +6,10 @@ may matter. Once opened they hold each key once, and no escape that JSON does no
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from itertools import compress
+from typing import TypeVar
 
 import msgspec
 from msgspec import Raw
@@ -25,7 +26,13 @@ from agent.shape_checks import DISTINCT_ID, PROPERTY
 
 # A float stays the text that it is: one beyond a double, or with more digits, is not ours to change.
 _decode = msgspec.json.Decoder(dict[str, object], float_hook=lambda text: Raw(text.encode())).decode
+_sealed = msgspec.json.Decoder(dict[str, Raw]).decode
 _encode = msgspec.json.Encoder().encode
+
+T = TypeVar("T")
+
+# Of a property of so many bytes it is worth to know beforehand whether something is found in it.
+LARGE = 4096
 
 
 def shape_of(settings: Common) -> "Shape | None":
@@ -163,7 +170,9 @@ class Shape:
         """Rename and hide in an event's properties; why it is refused."""
         try:
             properties = self._renamed(_decode(envelope.properties))
-            self._hiding.hide(properties, patterns)
+            without = self._without(envelope.properties, patterns) if patterns else ()
+            if not self._hiding.hide(properties, patterns, without):
+                return "too_large"
             text = _encode(properties)
         except DECODE_ERRORS:
             return "bad_properties"
@@ -173,7 +182,20 @@ class Shape:
         envelope.properties = Raw(text)
         return None
 
-    def _renamed(self, properties: dict[str, object]) -> dict[str, object]:
+    def _without(self, properties: Raw, patterns: Sequence[Pattern]) -> Collection[str]:
+        """The large properties in whose values nothing is to be hidden: they are not looked through."""
+        if len(bytes(properties)) < LARGE:
+            return ()
+        large = {
+            name: bytes(raw)
+            for name, raw in self._renamed(_sealed(properties)).items()
+            if len(bytes(raw)) >= LARGE
+        }
+        laid = Laid(list(large.values()))
+        found = laid.which(self._finds).union(*(laid.which(pattern.finds) for pattern in patterns))
+        return {name for at, name in enumerate(large) if at not in found}
+
+    def _renamed(self, properties: dict[str, T]) -> dict[str, T]:
         """All at once, so that two may change names; a property that has the new name already wins."""
         if not self._properties:
             return properties

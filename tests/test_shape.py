@@ -379,6 +379,53 @@ def test_what_cannot_be_opened_is_not_let_through() -> None:
     assert reasons_of(vouch(door(redact=("email",)), line)) == [(0, "bad_properties")]
 
 
+# --- more than can be looked through -----------------------------------------------------------------
+
+PATTERNS = ("@email", "@card", "@ip")
+CARD = "4111 1111 1111 1111"
+
+
+@pytest.mark.parametrize(
+    "much",
+    [
+        "4111 1111 1111 1112 " * 40_000,
+        ["4111111111111112"] * 40_000,
+        [[CARD]] * 20_000,
+        {"a": [CARD] * 20_000},
+    ],
+)
+def test_what_would_take_too_long_to_look_through_is_redacted_whole(much: object) -> None:
+    """Nobody waits for an event of nothing but digits; what comes before and behind it is looked through."""
+    told = properties(door(redact=PATTERNS), {"a": f"by {CARD}", "much": much, "b": f"by {CARD}", "c": 1})
+    assert told.pop("much") in (HIDDEN, {"a": HIDDEN})
+    assert told == {"a": f"by {HIDDEN}", "b": f"by {HIDDEN}", "c": 1}
+
+
+def test_a_large_event_is_looked_through_like_any() -> None:
+    """A long text loses its cards alone; what holds nothing to hide stays, however much it is."""
+    by = door(redact=("email", *PATTERNS))
+    floats, text = [n / 8 for n in range(50_000)], "It was said, and then again. " * 2000
+    came = {"floats": floats, "text": f"{text}{CARD} {text}", "rest": text}
+    assert properties(by, came) == {**came, "text": f"{text}{HIDDEN} {text}"}
+
+
+def test_no_name_is_missed_in_a_large_property() -> None:
+    """Where patterns find nothing in it, names are hidden in it all the same, also after a renaming."""
+    by = door(redact=("email", "@ip"), rename={"properties.old": "new"})
+    secret = [{"email": "S3CRET"}, "x" * 5000]
+    quiet = ["x" * 5000]
+    assert properties(by, {"ip": "10.0.0.1", "a": secret})["a"][0] == {"email": HIDDEN}
+    told = properties(by, {"ip": "10.0.0.1", "old": quiet, "new": [*secret, "10.0.0.1"]})
+    assert told["new"] == [{"email": HIDDEN}, "x" * 5000, HIDDEN]
+    assert properties(by, {"ip": "10.0.0.1", "old": secret})["new"][0] == {"email": HIDDEN}
+
+
+def test_more_names_than_can_be_looked_through_are_refused() -> None:
+    """An event of so many properties is none that PostHog could show, and none that may pass unseen."""
+    line = {"event": "e", "distinct_id": "d", "properties": {f"{n}@x.de": 1 for n in range(20_000)}}
+    assert reasons_of(vouch(door(redact=PATTERNS), json.dumps(line).encode())) == [(0, "too_large")]
+
+
 # --- whatever comes --------------------------------------------------------------------------------
 
 NAME = st.sampled_from(["email", "näme", "a_token", "pass/word", 'quo"te', "line\nend", "$user_id"])
