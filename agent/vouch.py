@@ -100,12 +100,11 @@ class Door:
             stamps = [stamps[first[read] + line] for read, line in places]
         uuids = uuids_of(reads[0].at.wall if reads else 0, random, len(envelopes))
         runs = self._runs(reads, lines, places)
-        if own is not None:
-            runs = list(self._of_own(runs, own))
-        prefixes = [prefix for run in runs for prefix in [run.addition.prefix] * (run.end - run.first)]
+        alike = runs if own is None else list(self._of_own(runs, own))
+        prefixes = [prefix for run in alike for prefix in [run.addition.prefix] * (run.end - run.first)]
         texts = Texts(envelopes, prefixes, [], uuids, stamps)
         given: set[str] = set()
-        odd = self._completion.complete(texts, runs, text, flaws, given)
+        odd = self._completion.complete(texts, alike, text, flaws, given)
         if odd:
             where = places or [(read, line) for read, count in enumerate(lines) for line in range(count)]
             for at, reason in odd.items():
