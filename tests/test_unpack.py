@@ -36,6 +36,7 @@ def refused(*arguments: str | bytes, **named: str) -> int:
 
 
 B64 = base64.b64encode(TEXT)
+PACKED = quote(base64.b64encode(gzip.compress(TEXT)), safe="").encode()
 
 
 @pytest.mark.parametrize(
@@ -54,6 +55,14 @@ B64 = base64.b64encode(TEXT)
         (b"", "data=" + quote(TEXT, safe=""), {}),
         (b"", "compression=base64&data=" + quote(B64, safe=""), {}),
         (b"", "data=" + B64.decode(), {}),
+        (b"data=" + PACKED, "compression=gzip", {"content_type": FORM}),
+        (b"data=" + PACKED + b"&compression=gzip-js", "", {"content_type": FORM}),
+        (b"data=" + PACKED, "", {"content_type": FORM, "content_encoding": "gzip"}),
+        (b"", "compression=gzip&data=" + PACKED.decode(), {}),
+        (base64.b64encode(gzip.compress(TEXT)), "compression=gzip", {}),
+        (base64.b64encode(gzip.compress(TEXT)), "", {"content_encoding": "gzip"}),
+        (gzip.compress(B64), "compression=gzip", {}),
+        (base64.b64encode(b"data=" + PACKED), "compression=gzip", {"content_type": FORM}),
     ],
 )
 def test_every_wrapping_is_taken_off(body: bytes, query: str, headers: dict[str, str]) -> None:
@@ -96,6 +105,11 @@ def test_what_cannot_be_opened_is_refused(
 ) -> None:
     """With PostHog's status."""
     assert refused(body, query=query, **headers) == status
+
+
+def test_a_form_of_latin_1_is_read() -> None:
+    """As PostHog has it: what is no UTF-8 is told as such, and the event is taken."""
+    assert opened(b"data=%FCber%C3%BC\xfc", content_type=FORM) == "\ufffdber\xfc\ufffd".encode()
 
 
 def test_exactly_the_limit_is_not_over_it() -> None:

@@ -23,7 +23,7 @@ from agent.envelope import DECODE_ERRORS
 PATHS = ("/batch", "/i/v0/e", "/e", "/track", "/capture", "/engage")
 SENT_AT_YEAR = 2020  # a `_` up to then was in seconds and is ignored: `payload/types.rs`
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_DIGITS = re.compile(r"[0-9]{1,18}", re.ASCII)
+_DIGITS = re.compile(rb"[0-9]{1,18}")
 _WORDS = b"data did not match any variant of untagged enum RawRequest"  # serde's
 _OK, _NO_CONTENT = Answer(200, b'{"status":"Ok"}', JSON), Answer(204)
 _TROUBLES: Mapping[Trouble, Answer] = {
@@ -139,7 +139,7 @@ def read_request(request: Request) -> Posted | Answer:
         lines,
         len(events),
         historical=bytes(root.historical_migration) == b"true",
-        beacon=unpacked.query.get("beacon") == "1",
+        beacon=unpacked.query.get("beacon") == b"1",
         placed=placed,
     )
 
@@ -197,7 +197,7 @@ def _as_text(raw: Raw) -> str | None:
         return None
 
 
-def _ahead(root: _Root, sent: str | None, now: int) -> int:
+def _ahead(root: _Root, sent: bytes | None, now: int) -> int:
     """By how much the client's clock is ahead of ours (µs); 0 where it is not, or does not tell."""
     told = _as_text(root.sent_at)
     if told is not None and (ahead := ahead_of(told, now)) is not None:

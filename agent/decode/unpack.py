@@ -1,8 +1,8 @@
 """Takes the JSON text out of a request: from its body, form or query, whatever it is packed in.
 
 As PostHog does (`rust/capture/src/payload/`, `utils.rs`), in bounded memory. Of a gzip stream only the first
-member is read, as there. More lenient than PostHog: base64 is also opened in a query, and where a hint says
-so.
+member is read, as there. More lenient than PostHog: base64 is also opened in a query, where a hint says so,
+and around the gzip of a form.
 """
 
 import base64
@@ -10,8 +10,8 @@ import binascii
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
-from urllib.parse import parse_qsl
 
+from agent.decode.form import fields_of
 from agent.decode.lz64 import open_lz64
 from agent.decode.request import Answer, Request
 from agent.pack import GZIP, RAW, ZLIB, open_stream
@@ -34,8 +34,6 @@ BASE64_SAMPLE = 128  # bytes looked at before anything is taken for base64 or a 
 _BASE64 = re.compile(rb"[A-Za-z0-9+/=]+")
 _LOOSE_BASE64 = re.compile(rb"[A-Za-z0-9+/= ]+")
 _FORM_FIELD = re.compile(rb"(?:^|&)(?:data|_|ip|compression)=")
-# Fields of a form or query that are looked at: SDKs send five.
-MOST_FIELDS = 100
 # lz64 is opened at 2 MB/s and only came from browsers, a few events at a time.
 LZ64_BYTES = 1024 * 1024
 
@@ -44,12 +42,12 @@ class Unpacked(NamedTuple):
     """The JSON text of a request, and the fields of its query."""
 
     text: bytes
-    query: Mapping[str, str]
+    query: Mapping[str, bytes]
 
 
 def unpack(request: Request) -> Unpacked | Answer:
     """The text of a request of the v0 family."""
-    query = _fields(request.query) if request.query else {}
+    query = fields_of(request.query.encode("latin-1", "replace"))  # as the bytes came
     if query is None:
         return _undecodable(b"invalid query string")
     found = _find(request, query)
@@ -73,16 +71,9 @@ def _undecodable(why: bytes) -> Answer:
     return Answer(400, b"failed to decode request: " + why)
 
 
-def _fields(text: str) -> dict[str, str] | None:
-    try:
-        return dict(parse_qsl(text, keep_blank_values=True, max_num_fields=MOST_FIELDS))
-    except ValueError:
-        return None
-
-
-def _find(request: Request, query: Mapping[str, str]) -> tuple[bytes, str] | Answer:
+def _find(request: Request, query: Mapping[str, bytes]) -> tuple[bytes, str] | Answer:
     """The bytes that hold the events, and how they are encoded: `payload/common.rs`."""
-    hints = [query.get("compression", "").lower()]
+    hints = [_hint(query)]
     packed = request.body
     if data := query.get("data"):
         packed = _restored(data)
@@ -93,19 +84,22 @@ def _find(request: Request, query: Mapping[str, str]) -> tuple[bytes, str] | Ans
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() == FORM and not data:
         if _FORM_FIELD.search(packed[:BASE64_SAMPLE]) is None:
             return _undecodable(b"expected form data in POST request payload")
-        form = _fields(packed.decode("utf-8", "surrogateescape"))
+        form = fields_of(packed)
         if form is None:
             return _undecodable(b"invalid urlencoded form data")
-        hints.append(form.get("compression", "").lower())
+        hints.append(_hint(form))
         if "data" in form:
             packed = _restored(form["data"])
     hints.append(request.headers.get("content-encoding", "").lower())
     return packed, next((hint for hint in hints if hint in _ENCODINGS or hint in UNREADABLE), "")
 
 
-def _restored(value: str) -> bytes:
+def _hint(fields: Mapping[str, bytes]) -> str:
+    return fields.get("compression", b"").decode().lower()
+
+
+def _restored(data: bytes) -> bytes:
     """The value of a field; in base64 a plus sign was taken for a space."""
-    data = value.encode("utf-8", "surrogateescape")
     if b" " in data and len(data) % 4 == 0 and _LOOSE_BASE64.fullmatch(data[:BASE64_SAMPLE]):
         return data.replace(b" ", b"+")
     return data
@@ -114,6 +108,8 @@ def _restored(value: str) -> bytes:
 def _open(packed: bytes, hint: str, limit: int) -> bytes | Answer:
     """Unpacked, to a little over `limit` at most: `payload/decompression.rs`."""
     encoding = _ENCODINGS.get(hint, hint)
+    if encoding == "gzip" and not packed.startswith(_GZIP_MAGIC):
+        packed = _unwrap(packed)  # as a form holds it
     if encoding == "gzip" or packed.startswith(_GZIP_MAGIC):
         text = open_stream(packed, GZIP, limit)
         return text if text is not None else _undecodable(b"invalid GZIP data")
