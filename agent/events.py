@@ -19,6 +19,7 @@ Reason = Literal[
     "truncated",
     "forbidden",
     "rate_limited",
+    "unknown_key",
     "filtered",
     "sampled",
 ]

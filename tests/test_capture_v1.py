@@ -42,11 +42,11 @@ def event(number: int = 0, **fields: object) -> dict[str, Any]:
     }
 
 
-def asked(body: object, near: bool = False, **headers: str | None) -> Posted | Answer:
+def asked(body: object, near: bool = False, limit: int = 100_000, **headers: str | None) -> Posted | Answer:
     packed = body if isinstance(body, bytes) else json.dumps(body).encode()
     changes = {name.replace("_", "-"): value for name, value in headers.items()}
     told = {name: value for name, value in {**HEADERS, **changes}.items() if value is not None}
-    return read_request(Request(PATH, "", told, packed, AT, 100_000, near))
+    return read_request(Request(PATH, "", told, packed, AT, limit, near))
 
 
 def posted(*events: object, near: bool = False, **headers: str) -> Posted:
@@ -172,6 +172,23 @@ def test_one_bad_event_takes_no_other_with_it() -> None:
     found = asked(b'{"batch":[' + good + b',{"uuid":NaN},{"event":"e"},' + good + b"]}")
     assert isinstance(found, Posted)
     assert found.uuids == [str(UUID(int=1)), "", "", str(UUID(int=1))]
+
+
+@pytest.mark.parametrize("bad", [b"", b'{"uuid":NaN},', b'{"event":"e","properties":{"a":1},'])
+def test_many_dense_events_are_taken(bad: bytes) -> None:
+    """Half a million values are no reason to refuse a body, nor is one bad event among them."""
+    many = [json.dumps(event(1, properties={f"p{n}": n for n in range(60)})).encode()] * 9000
+    found = asked(b'{"batch":[' + bad + b",".join(many) + b"]}", limit=20 * 2**20)
+    assert isinstance(found, Posted)
+    assert found.uuids[-9000:] == [str(UUID(int=1))] * 9000
+    assert found.events == 9000 + bool(bad)
+
+
+def test_too_many_events_are_refused() -> None:
+    """As too large, and counted as one."""
+    found = asked(b'{"batch":[' + b"{}," * 300_000 + b"{}]}", limit=20 * 2**20)
+    assert isinstance(found, Answer)
+    assert (found.status, found.reason, found.events) == (413, "too_large", 1)
 
 
 def test_results() -> None:

@@ -1,23 +1,26 @@
 """What the bodies of PostHog's protocols have in common: keys, clocks, and how events become lines."""
 
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 
 import msgspec
 from msgspec import Raw
 
+from agent.decode.shards import MOST_EVENTS
+
 KEY_BYTES = 64  # `token.rs`
 # The latency of a local request is no difference of clocks; and so a resend keeps its instant.
 SAME_CLOCK = 1_000_000  # µs
-# How many values a body may be parted into: each costs some 200 bytes for a moment. SDKs stop at batches of
-# 5 MiB, which have no more than this even at ten bytes a value.
-MOST_VALUES = 500_000
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 # What Rust's `trim` takes off a key (Unicode White_Space); Python's `strip` takes more.
 _WHITESPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
     map(chr, range(0x2000, 0x200B))
 )
+
+_ADDRESS = re.compile(rb'"\$ip"')
+_BLANK_ADDRESS = re.compile(rb'"\$ip"\s*:\s*(?:null|"")')
 
 
 class Placed(msgspec.Struct, gc=False):
@@ -59,8 +62,16 @@ def ahead_of(told: str, now: int) -> int | None:
 
 
 def crowded(text: bytes) -> bool:
-    """Whether it holds more values than may be parted."""
-    return len(text) > MOST_VALUES and text.count(b",") > MOST_VALUES
+    """Whether it may hold more events than are parted before they are counted."""
+    return len(text) > MOST_EVENTS and text.count(b",") >= MOST_EVENTS
+
+
+def has_address(text: bytes, *, near: bool) -> bool:
+    """Whether an event may say where it was, or that it was nowhere, so that it has to be looked at.
+
+    An address matters in a text that came from this host; one that is blank matters everywhere.
+    """
+    return (_ADDRESS if near else _BLANK_ADDRESS).search(text) is not None
 
 
 def joined(text: bytes, events: Sequence[Raw | bytes]) -> bytes:

@@ -9,14 +9,15 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from typing import NamedTuple
 
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
-from agent.decode.body import MOST_VALUES, Placed, ahead_of, crowded, joined, trimmed, wrong_key
+from agent.decode.body import Placed, ahead_of, crowded, has_address, joined, trimmed, wrong_key
 from agent.decode.mend import Manner, mend
 from agent.decode.request import JSON, WANTED, Answer, Posted, Request, Trouble
-from agent.decode.shards import shatter
+from agent.decode.shards import TOO_MANY, Shards, shatter
 from agent.decode.unpack import unpack
 from agent.envelope import DECODE_ERRORS
 
@@ -27,10 +28,17 @@ _DIGITS = re.compile(rb"[0-9]{1,18}")
 _WORDS = b"data did not match any variant of untagged enum RawRequest"  # serde's
 _OK, _NO_CONTENT = Answer(200, b'{"status":"Ok"}', JSON), Answer(204)
 _TROUBLES: Mapping[Trouble, Answer] = {
-    "too_large": Answer(413, b"maximum event size exceeded: Request body exceeds the limit"),
+    "too_large": Answer(
+        413, b"maximum event size exceeded: Request body exceeds the limit", reason="too_large", events=1
+    ),
     "stalled": Answer(408, b"client stopped sending data"),
     "busy": Answer(503, b"transient error, please retry", again=True),
-    "unknown_key": Answer(401, b"API key is not valid: no project of this agent has this project API key"),
+    "unknown_key": Answer(
+        401,
+        b"API key is not valid: no project of this agent has this project API key",
+        reason="unknown_key",
+        events=1,
+    ),
     "rate_limited": Answer(429, b"rate limited", again=True),
 }
 # What PostHog says of a request with an event that has this flaw: `api.rs`.
@@ -42,13 +50,26 @@ _FLAWS = {
 
 
 class _Root(msgspec.Struct):
-    """The root of an object; its events stay sealed."""
+    """The root of an object, without its events."""
 
-    batch: list[Raw] | UnsetType = UNSET
     api_key: Raw = Raw(b"null")
     token: Raw = Raw(b"null")
     sent_at: Raw = Raw(b"null")
     historical_migration: Raw = Raw(b"null")
+
+
+class _Batch(_Root):
+    """With its events, which stay sealed."""
+
+    batch: list[Raw] | UnsetType = UNSET
+
+
+class _Parted(NamedTuple):
+    """A body's root and events; `batched` where the events are the root's `batch`."""
+
+    root: _Root
+    events: Sequence[Raw]
+    batched: bool
 
 
 class _Ordinary(msgspec.Struct, kw_only=True, gc=False):
@@ -74,6 +95,7 @@ class _SettledBatch(msgspec.Struct):
 
 
 _root = msgspec.json.Decoder(_Root).decode
+_batch = msgspec.json.Decoder(_Batch).decode
 _array = msgspec.json.Decoder(list[Raw]).decode
 _ordinary = msgspec.json.Decoder(_OrdinaryBatch).decode
 _settled = msgspec.json.Decoder(_SettledBatch).decode
@@ -110,14 +132,14 @@ def read_request(request: Request) -> Posted | Answer:
     parted = _part(text)
     if isinstance(parted, Answer):
         return parted
-    root, events = parted
+    root, events, batched = parted
     if not events:
         return Answer(400, b"request holds no event")
     key = _first_text(root.api_key, root.token)
     ahead = _ahead(root, unpacked.query.get("_"), request.at.wall)
     manner = Manner(request.at.wall, ahead, request.near, request.path.removesuffix("/") == "/engage")
     plain = placed = False
-    if key is not None and root.batch is not UNSET:
+    if key is not None and batched:
         plain, placed = _look(text, manner)
     if plain:
         lines = joined(text, events)
@@ -127,13 +149,13 @@ def read_request(request: Request) -> Posted | Answer:
         if key is None:
             keys = {event.key for event in mended if event.key is not None}
             if len(keys) > 1:
-                return Answer(401, b"batch submitted with inconsistent api_key values")
+                return _keyless(b"batch submitted with inconsistent api_key values", events)
             key = keys.pop() if keys else None
     if key is None:
-        return Answer(401, b"event submitted without an api_key")
+        return _keyless(b"event submitted without an api_key", events)
     key = trimmed(key)
     if why := wrong_key(key):
-        return Answer(401, b"API key is not valid: " + why)
+        return _keyless(b"API key is not valid: " + why, events)
     return Posted(
         key,
         lines,
@@ -144,35 +166,53 @@ def read_request(request: Request) -> Posted | Answer:
     )
 
 
-def _part(text: bytes) -> tuple[_Root, Sequence[Raw]] | Answer:
+def _keyless(why: bytes, events: Sequence[Raw]) -> Answer:
+    return Answer(401, why, reason="unknown_key", events=len(events))
+
+
+def _unreadable(why: bytes = _WORDS) -> Answer:
+    return Answer(400, b"failed to parse request: " + why, events=1)
+
+
+def _part(text: bytes) -> _Parted | Answer:
     """The root and the events, in whichever shape they came."""
     if crowded(text):
-        return Answer(413, b"maximum event size exceeded: more than %d values" % MOST_VALUES)
+        return _part_slowly(text)
     try:
         if text.lstrip()[:1] == b"[":
-            return _Root(), _array(text)
-        root = _root(text)
+            return _Parted(_Root(), _array(text), batched=False)
+        root = _batch(text)
     except msgspec.ValidationError:
-        return Answer(400, b"failed to parse request: " + _WORDS)
+        return _unreadable()
     except DECODE_ERRORS as error:
-        return _part_broken(text) or Answer(400, b"failed to parse request: " + str(error).encode())
-    return root, (root.batch if root.batch is not UNSET else [Raw(text)])
+        parted = _part_slowly(text)
+        if isinstance(parted, _Parted) or parted.status != 400 or not isinstance(error, msgspec.DecodeError):
+            return parted
+        return _unreadable(str(error).encode())
+    if root.batch is UNSET:
+        return _Parted(root, [Raw(text)], batched=False)
+    return _Parted(root, root.batch, batched=True)
 
 
-def _part_broken(text: bytes) -> tuple[_Root, Sequence[Raw]] | None:
-    """What is whole of a body with a broken event in it."""
-    if (shards := shatter(text)) is None:
-        return None
+def _part_slowly(text: bytes) -> _Parted | Answer:
+    """What is whole of a body with a broken event in it, or of one that may hold too many of them."""
+    shards = shatter(text)
+    if shards == "too_large":
+        words = f"maximum event size exceeded: {TOO_MANY}".encode()
+        return Answer(413, words, reason="too_large", events=1)
+    batched = text.lstrip()[:1] == b"{"
     try:
-        root = _root(shards.root) if shards.root.lstrip()[:1] == b"{" else _Root()
+        if isinstance(shards, Shards):
+            root = _root(shards.root) if batched else _Root()
+            return _Parted(root, [Raw(event) for event in shards.events], batched)
+        return _Parted(_root(text), [Raw(text)], batched=False)
     except DECODE_ERRORS:
-        return None
-    return root, [Raw(event) for event in shards.events]
+        return _unreadable()
 
 
 def _look(text: bytes, manner: Manner) -> tuple[bool, bool]:
     """Whether all events of a batch are ordinary, and whether they are `placed` besides."""
-    if manner.ahead or manner.engage or (manner.near and b'"$ip"' in text):
+    if manner.ahead or manner.engage or has_address(text, near=manner.near):
         return False, False
     if manner.near and b'"$geoip_disable"' in text:
         with suppress(*DECODE_ERRORS):

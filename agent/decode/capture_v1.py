@@ -11,12 +11,13 @@ from contextlib import suppress
 import msgspec
 from msgspec import Raw
 
-from agent.decode.body import MOST_VALUES, Placed, ahead_of, crowded, joined, trimmed, wrong_key
+from agent.decode.body import Placed, ahead_of, crowded, has_address, joined, trimmed, wrong_key
 from agent.decode.mend import Manner, mend
 from agent.decode.request import JSON, WANTED, Answer, Posted, Request, Trouble
-from agent.decode.shards import shatter
+from agent.decode.shards import TOO_MANY, Shards, shatter
 from agent.decode.unpack import inflate_v1
 from agent.envelope import DECODE_ERRORS
+from agent.events import Reason
 
 PATHS = ("/i/v1/analytics/events",)
 ENCODINGS = ("gzip", "deflate")
@@ -78,45 +79,53 @@ _settled = msgspec.json.Decoder(_SettledBatch).decode
 _encode = msgspec.json.Encoder().encode
 
 
-def error(status: int, tag: str, text: str) -> Answer:
+def error(status: int, tag: str, text: str, reason: Reason = "malformed_json", events: int = 0) -> Answer:
     """An answer for the whole request: `v1/error.rs`."""
     body = {"error": tag, "error_description": text, "error_uri": "https://posthog.com/docs/api"}
-    return Answer(status, _encode(body), JSON)
+    return Answer(status, _encode(body), JSON, reason=reason, events=events)
+
+
+_UNREADABLE = error(400, "request_parsing_error", "Failed to parse request body.", events=1)
+
+
+def _too_large(text: str) -> Answer:
+    return error(413, "payload_too_large", f"payload too large: {text}", "too_large", 1)
 
 
 _TROUBLES: Mapping[Trouble, Answer] = {
-    "too_large": error(413, "payload_too_large", "payload too large: Request body exceeds the limit"),
+    "too_large": _too_large("Request body exceeds the limit"),
     "stalled": error(408, "body_read_timeout", "body read stalled"),
     "busy": error(503, "service_unavailable", "Service Unavailable")._replace(again=True),
-    "unknown_key": error(401, "invalid_api_token", "The provided API token is not valid."),
+    "unknown_key": error(
+        401, "invalid_api_token", "The provided API token is not valid.", "unknown_key", events=1
+    ),
     "rate_limited": error(429, "rate_limited", "Rate limit exceeded.")._replace(again=True),
 }
 
 
 def read_request(request: Request) -> Posted | Answer:
     """The events of a request, or why PostHog would refuse all of it."""
-    refused = _refused_headers(request.headers)
-    if refused is not None:
-        return refused
     text = _open(request)
+    root = text if isinstance(text, Answer) else _part(text)
+    events = root.events if isinstance(root, Answer) else len(root.batch)
+    if (refused := _refused_headers(request.headers)) is not None:
+        return refused._replace(
+            reason="unknown_key" if refused.status == 401 else "malformed_json", events=events
+        )
     if isinstance(text, Answer):
         return text
-    if crowded(text):
-        return error(413, "payload_too_large", f"payload too large: more than {MOST_VALUES} values")
-    root = _part(text)
-    if root is None:
-        return error(400, "request_parsing_error", "Failed to parse request body.")
-    if not root.batch:
-        return error(400, "empty_batch", "request batch is empty")
+    if isinstance(root, Answer):
+        return root
     ahead = ahead_of(request.headers["posthog-request-timestamp"], request.at.wall)
     if ahead is None:
-        return error(400, "invalid_header_value", "PostHog-Request-Timestamp is not valid RFC 3339")
+        what = "PostHog-Request-Timestamp is not valid RFC 3339"
+        return error(400, "invalid_header_value", what, events=events)
     manner = Manner(request.at.wall, ahead, request.near, options=True)
     lines, uuids, placed = _read(text, root.batch, manner)
     return Posted(
         trimmed(request.headers["authorization"][7:]),
         lines,
-        len(root.batch),
+        events,
         defaults=_library(request.headers["posthog-sdk-info"]),
         uuids=uuids,
         historical=bytes(root.historical_migration) == b"true",
@@ -185,37 +194,47 @@ def _open(request: Request) -> bytes | Answer:
     if (encoding := request.headers.get("content-encoding")) is not None:
         text = inflate_v1(text, encoding.lower(), request.limit)
     if text is None:
-        return error(400, "request_decoding_error", "Failed to decode request body.")
+        return error(400, "request_decoding_error", "Failed to decode request body.", events=1)
     if len(text) > request.limit:
-        what = f"payload too large: decompressed payload exceeds limit of {request.limit} bytes"
-        return error(413, "payload_too_large", what)
+        return _too_large(f"decompressed payload exceeds limit of {request.limit} bytes")
     return text
 
 
-def _part(text: bytes) -> _Root | None:
+def _part(text: bytes) -> _Root | Answer:
+    """The root and its events, of which there is one at least."""
+    root: _Root | Answer | None = None
     try:
-        return _root(text)
+        if not crowded(text):
+            root = _root(text)
     except msgspec.ValidationError:
-        return None
+        return _UNREADABLE
     except DECODE_ERRORS:
-        return _part_broken(text)
-
-
-def _part_broken(text: bytes) -> _Root | None:
-    """What is whole of a body with a broken event in it."""
-    if (shards := shatter(text)) is None:
-        return None
-    try:
-        root = _root(shards.root)
-    except DECODE_ERRORS:
-        return None
-    root.batch = [Raw(event) for event in shards.events]
+        pass
+    if root is None:
+        root = _part_slowly(text)
+    if isinstance(root, _Root) and not root.batch:
+        return error(400, "empty_batch", "request batch is empty")
     return root
+
+
+def _part_slowly(text: bytes) -> _Root | Answer:
+    """What is whole of a body with a broken event in it, or of one that may hold too many of them."""
+    shards = shatter(text)
+    if shards == "too_large":
+        return _too_large(TOO_MANY)
+    try:
+        if isinstance(shards, Shards):
+            root = _root(shards.root)
+            root.batch = [Raw(event) for event in shards.events]
+            return root
+    except DECODE_ERRORS:
+        pass
+    return _UNREADABLE
 
 
 def _read(text: bytes, events: list[Raw], manner: Manner) -> tuple[bytes, Sequence[str], bool]:
     """The events as lines, their uuids, and whether they are `placed`."""
-    if not manner.ahead and not (manner.near and b'"$ip"' in text):
+    if not manner.ahead and not has_address(text, near=manner.near):
         if manner.near and b'"$geoip_disable"' in text:
             with suppress(*DECODE_ERRORS):
                 return joined(text, events), [event.uuid for event in _settled(text).batch], True

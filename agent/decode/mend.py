@@ -20,6 +20,7 @@ BESIDE = {"session_id": "$session_id", "window_id": "$window_id"}
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _NULL = b"null"
+_BLANK = (b"null", b'""')
 _IDENTIFY = Raw(b'"$identify"')
 _FALSE = Raw(b"false")
 
@@ -76,12 +77,17 @@ def mend(raw: Raw, manner: Manner) -> Mended:
     except DECODE_ERRORS:
         return Mended(bytes(raw))
     changes = dict(_renamed(fields, noted, manner))
+    nowhere = noted.ip is not UNSET and bytes(noted.ip) in _BLANK
+    if nowhere:
+        noted.ip = UNSET
     added = _added(fields, noted, manner)
-    if added:
+    if added or nowhere:
         try:
             own = _object(fields.get("properties", Raw(b"{}")))
         except DECODE_ERRORS:
             own = {}
+        if nowhere:  # else the door would leave it where the client's address belongs
+            own.pop("$ip", None)
         changes["properties"] = Raw(_encode({**added, **own}))
     ignored = _is_true(noted.ignore_sent_at) or _is_true(added.get("$ignore_sent_at", UNSET))
     if (when := _timestamp(fields, manner, ignored=ignored)) is not None:

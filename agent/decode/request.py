@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from agent.events import Instant
+from agent.events import Instant, Reason
 
 TEXT, JSON = "text/plain; charset=utf-8", "application/json"
 
@@ -25,12 +25,18 @@ class Request(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a client is told; `again` that it should come again soon."""
+    """What a client is told; `again` that it should come again soon.
+
+    Where a request is refused as a whole for what it holds, `events` says how many events the books lose with
+    it, as far as is known, and `reason` why.
+    """
 
     status: int
     text: bytes = b""
     kind: str = TEXT
     again: bool = False
+    reason: Reason = "malformed_json"
+    events: int = 0
 
 
 # What can keep a request's events from being taken, beside what is in it.

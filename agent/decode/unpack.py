@@ -64,11 +64,12 @@ def unpack(request: Request) -> Unpacked | Answer:
 
 def too_big(limit: int) -> Answer:
     """A body that unpacks to more than `limit` bytes."""
-    return Answer(413, b"maximum event size exceeded: Decompressed payload would exceed %d bytes" % limit)
+    text = b"maximum event size exceeded: Decompressed payload would exceed %d bytes" % limit
+    return Answer(413, text, reason="too_large", events=1)
 
 
 def _undecodable(why: bytes) -> Answer:
-    return Answer(400, b"failed to decode request: " + why)
+    return Answer(400, b"failed to decode request: " + why, events=1)
 
 
 def _find(request: Request, query: Mapping[str, bytes]) -> tuple[bytes, str] | Answer:
@@ -111,13 +112,14 @@ def _open(packed: bytes, hint: str, limit: int) -> bytes | Answer:
     if encoding == "gzip" and not packed.startswith(_GZIP_MAGIC):
         packed = _unwrap(packed)  # as a form holds it
     if encoding == "gzip" or packed.startswith(_GZIP_MAGIC):
-        text = open_stream(packed, GZIP, limit)
-        return text if text is not None else _undecodable(b"invalid GZIP data")
+        opened = open_stream(packed, GZIP, limit)
+        return opened if opened is not None else _undecodable(b"invalid GZIP data")
     if encoding == "lz64":
         if len(packed) > LZ64_BYTES:
-            return Answer(413, b"maximum event size exceeded: lz64 of more than %d bytes" % LZ64_BYTES)
-        text = open_lz64(packed, limit)
-        return text if text is not None else _undecodable(b"decompress_lz64: failed decompress to UTF16")
+            text = b"maximum event size exceeded: lz64 of more than %d bytes" % LZ64_BYTES
+            return Answer(413, text, reason="too_large", events=1)
+        opened = open_lz64(packed, limit)
+        return opened if opened is not None else _undecodable(b"decompress_lz64: failed decompress to UTF16")
     if encoding in UNREADABLE:
         return _undecodable(b"invalid UTF8 in request payload")
     return _unwrap(packed) if encoding == "base64" else packed
