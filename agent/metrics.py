@@ -47,6 +47,7 @@ class Pulled(NamedTuple):
     drops_known: Callable[[], Iterable[str]]
     turned_away: Callable[[], Mapping[str, int]]
     flag_calls: Callable[[], Mapping[str, Mapping[str, int]]]
+    http_answers: Callable[[], Mapping[str, Mapping[int, int]]]
     books: Callable[[], Books]
     stats: Callable[[], Stats]
     balanced: Callable[[], bool]
@@ -138,6 +139,12 @@ class _Pulling(Collector):
         for source, calls in self._pulled.flag_calls().items():
             for answer, count in calls.items():
                 family.add_metric([source, answer], count)
+        yield family
+        text = "Requests of clients since the start, by the status of their answer"
+        family = CounterMetricFamily(PREFIX + "http_answers", text, labels=["source", "status"])
+        for source, answers in self._pulled.http_answers().items():
+            for status, count in answers.items():
+                family.add_metric([source, str(status)], count)
         yield family
 
     def _of_projects(self, books: Books) -> Iterator[Metric]:

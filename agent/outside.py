@@ -105,6 +105,11 @@ class Outside:
                     for source in self._sources
                     if source.flag_calls is not None
                 },
+                http_answers=lambda: {
+                    source.settings.name: source.answers
+                    for source in self._sources
+                    if source.answers is not None
+                },
                 books=self._buffer.books,
                 stats=self._buffer.stats,
                 balanced=lambda: balance(self._buffer.books(), self._buffer.stats().events)["balanced"],

@@ -98,6 +98,7 @@ def _source(source: Source, books: Books) -> Document:
         "connections": source.connections,
         "turned_away": source.turned_away,
         "flag_calls": source.flag_calls,
+        "http_answers": None if source.answers is None else _by_status(+Counter(source.answers)),
         "receive_buffer": source.granted,
         "dropped": _total(books, "dropped", name) if source.drops_known else None,
     }

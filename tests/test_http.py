@@ -16,7 +16,7 @@ import httpx
 import pytest
 import trio
 from processes import configure, running
-from sources import Taken, http, origins, taking
+from sources import Taken, http, origins, taking, tcp
 
 from agent.accept import http as source
 from agent.accept.whence import Whence, is_near
@@ -94,16 +94,92 @@ async def test_good_events_are_taken_whatever_the_others_are() -> None:
         )
 
 
+HEADERS = {
+    "authorization": "Bearer phc_test",
+    "content-type": "application/json",
+    "posthog-sdk-info": "posthog-node/5.0",
+    "posthog-attempt": "1",
+    "posthog-request-id": str(uuid4()),
+    "posthog-request-timestamp": "2026-11-24T12:00:00Z",
+}
+STRANGE = {"authorization": "Bearer phc_strange"}
+WRONG = {"authorization": "Bearer phx_mine"}
+FORM = {"content-type": "application/x-www-form-urlencoded"}
+V1_BATCH = json.dumps({"batch": [event(1), event(2), event(3)]}).encode()
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "content", "status", "reason", "events"),
+    [
+        ("/batch", {}, batch(event(1), event(2), key="phc_strange"), 401, "unknown_key", 2),
+        ("/batch", {}, batch(*[event()] * 5000, key="phc_strange"), 401, "unknown_key", 5000),
+        ("/batch", {}, batch(event(1), event(2), key="phx_mine"), 401, "unknown_key", 2),
+        ("/e", {}, json.dumps([event(1), event(2)]).encode(), 401, "unknown_key", 2),
+        ("/e", {}, json.dumps([event(token="a"), event(token="b")]).encode(), 401, "unknown_key", 2),
+        ("/batch", {}, b"nonsense", 400, "malformed_json", 1),
+        ("/batch", {}, b"\x1f\x8b\x08", 400, "malformed_json", 1),
+        ("/e", FORM, b"nonsense", 400, "malformed_json", 1),
+        ("/batch", {}, b" " * 1_000_001, 413, "too_large", 1),
+        ("/batch", {}, gzip.compress(b" " * 1_000_001), 413, "too_large", 1),
+        ("/batch", {}, b" " * 2_000_001, 413, "too_large", 1),
+        ("/batch", {}, b" " * 5_000_000, 413, "too_large", 1),
+        ("/batch", {}, b"", 400, None, 0),
+        ("/batch", {}, batch(), 400, None, 0),
+        (V1, HEADERS | STRANGE, V1_BATCH, 401, "unknown_key", 3),
+        (V1, HEADERS | WRONG, V1_BATCH, 401, "unknown_key", 3),
+        (V1, {}, V1_BATCH, 401, "unknown_key", 3),
+        (V1, HEADERS | {"posthog-attempt": "0"}, V1_BATCH, 400, "malformed_json", 3),
+        (V1, HEADERS | {"content-encoding": "br"}, V1_BATCH, 415, "malformed_json", 1),
+        (V1, HEADERS, b"nonsense", 400, "malformed_json", 1),
+        (V1, HEADERS, b'{"batch":[]}', 400, None, 0),
+        (V1, HEADERS, b" " * 1_000_001, 413, "too_large", 1),
+    ],
+)
+@pytest.mark.parametrize("chunked", [True, False])
+async def test_what_is_refused_as_a_whole_is_counted(
+    path: str,
+    headers: dict[str, str],
+    content: bytes,
+    status: int,
+    reason: str | None,
+    events: int,
+    *,
+    chunked: bool,
+) -> None:
+    """Its events are in the books, as many as it can be told there are, before the client is answered."""
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield content
+
+    async with taking(http(keys="configured", max_body=1_000_000)) as taken, client(taken) as sdk:
+        answer = await sdk.post(path, headers=headers, content=pieces() if chunked else content)
+        assert answer.status_code == status
+        assert taken.total("received") == events
+        assert reason is None or taken.total("rejected", reason) == events
+        refusals = {(one.reason, one.sample) for one in taken.source.putter.recent}
+        assert refusals == ({(reason, f"a request to {path}")} if reason else set())
+        assert "phc_strange" not in str(refusals)
+
+
+async def test_answers_are_counted_by_status() -> None:
+    """Whatever was asked, since the start; what was never answered is there, at 0."""
+    async with taking(http()) as taken, client(taken) as sdk:
+        assert taken.source.answers is not None
+        assert set(taken.source.answers.values()) == {0}
+        await sdk.post("/batch/", content=batch(event()))
+        await sdk.post("/batch/", content=b"nonsense")
+        for _ in range(2):
+            await sdk.get("/nothing")
+        await sdk.get("/")
+        found = {status: count for status, count in taken.source.answers.items() if count}
+        assert found == {200: 2, 400: 1, 404: 2}
+    async with taking(tcp()) as other:
+        assert other.source.answers is None
+
+
 async def test_v1_tells_of_each_event() -> None:
     """A result for each uuid, with the headers that PostHog wants."""
-    headers = {
-        "authorization": "Bearer phc_test",
-        "content-type": "application/json",
-        "posthog-sdk-info": "posthog-node/5.0",
-        "posthog-attempt": "1",
-        "posthog-request-id": str(uuid4()),
-        "posthog-request-timestamp": "2026-11-24T12:00:00Z",
-    }
+    headers = HEADERS
     good, bad = event(1), event(2, distinct_id=" ")
     body = json.dumps({"created_at": "2026-11-24T12:00:00Z", "batch": [good, bad]})
     async with taking(http()) as taken, client(taken) as sdk:
@@ -164,6 +240,21 @@ async def test_a_client_s_address(trusted: Sequence[str], forwarded: str, found:
         assert told[0] is not None
         named = {name: json.loads(bytes(raw)) for name, raw in told[0].defaults.items()}
         assert named == ({"$ip": found} if found else {"$geoip_disable": True})
+
+
+@pytest.mark.parametrize("blank", [None, ""])
+async def test_an_event_with_a_blank_address_has_none(blank: str | None) -> None:
+    """It gets the client's or, from this host, is not looked up, unless it says itself what is wanted."""
+    blanked = [event(properties={"$ip": blank}), event(properties={"$ip": blank, "$geoip_disable": False})]
+    async with taking(http(trusted_proxies=("127.0.0.1",))) as taken, client(taken) as sdk:
+        for forwarded in ("8.8.8.8", "10.1.2.3"):
+            await sdk.post("/batch/", content=batch(*blanked), headers={"x-forwarded-for": forwarded})
+        assert [one["properties"] for one in await taken.events(4)] == [
+            {"$ip": "8.8.8.8"},
+            {"$ip": "8.8.8.8", "$geoip_disable": False},
+            {"$geoip_disable": True},
+            {"$geoip_disable": False},
+        ]
 
 
 async def test_nothing_is_added_where_nothing_is_lacking() -> None:
@@ -247,6 +338,38 @@ async def test_slow_bodies_are_a_408(monkeypatch: pytest.MonkeyPatch) -> None:
     async with taking(http()) as taken:
         answer = await send_raw(taken, b"POST /batch/ HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
         assert answer.startswith(b"HTTP/1.1 408")
+
+
+async def test_a_body_that_brings_nothing_gives_its_room_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a 408 long before one that trickles, and what it held is there for others."""
+    monkeypatch.setattr(source, "SILENCE_SECONDS", 0.2)
+    monkeypatch.setattr(source, "BODIES_BYTES", 100_000)
+    async with taking(http(max_body=50_000)) as taken, client(taken) as sdk:
+        head = b"POST /batch/ HTTP/1.1\r\nHost: x\r\nContent-Length: 50000\r\n\r\n"
+        answers = []
+
+        async def stall() -> None:
+            answers.append((await send_raw(taken, head + b" " * 45_000))[:12])
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(2):
+                nursery.start_soon(stall)
+        assert answers == [b"HTTP/1.1 408"] * 2
+        assert (await sdk.post("/batch/", content=batch(event()).ljust(50_000))).status_code == 200
+        assert taken.total("received") == 1  # who stalled comes again
+
+
+async def test_a_body_that_trickles_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slow is not silent."""
+    monkeypatch.setattr(source, "SILENCE_SECONDS", 1.0)
+
+    async def slowly() -> AsyncIterator[bytes]:
+        for piece in (batch(event())[:9], batch(event())[9:12], batch(event())[12:]):
+            yield piece
+            await trio.sleep(0.4)
+
+    async with taking(http()) as taken, client(taken) as sdk:
+        assert (await sdk.post("/batch/", content=slowly())).status_code == 200
 
 
 async def test_more_clients_wait_until_one_leaves() -> None:
@@ -384,6 +507,14 @@ async def test_what_was_acknowledged_survives(tmp_path: Path) -> None:
         async with httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(retries=10)) as sdk:
             answer = await sdk.post(f"http://127.0.0.1:{port}/batch/", content=batch(*events))
         assert answer.status_code == 200
+        [told] = [one for one in (await agent.status())["sources"] if one["kind"] == "http"]
+        assert told["http_answers"] == {"200": 1}
+        transport = httpx.AsyncHTTPTransport(uds=str(tmp_path / "admin.sock"))
+        async with httpx.AsyncClient(transport=transport, base_url="http://agent") as pages:
+            metrics = (await pages.get("/metrics")).text
+        assert 'capture_agent_http_answers_total{source="http",status="200"} 1.0' in metrics
+        assert 'capture_agent_http_answers_total{source="http",status="503"} 0.0' in metrics
+        assert 'capture_agent_events_rejected_total{reason="unknown_key",source="http"} 0.0' in metrics
         agent.send(signal.SIGKILL)
     sink = Sink()
     async with serving(sink) as url, running(with_http(tmp_path, url, port)):

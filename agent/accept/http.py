@@ -6,7 +6,7 @@ SDKs come again. The events of a client that left before its answer may have bee
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from socket import socket
 from typing import NamedTuple
@@ -24,11 +24,13 @@ from agent.clock import Clock
 from agent.config import Http, Project
 from agent.decode import capture, capture_v1
 from agent.decode.request import JSON, Answer, Posted, Request, Trouble
-from agent.events import Instant, Origin, Read
+from agent.events import CHUNK_EVENTS, Denied, Instant, Origin, Read
 from agent.httpd import Message, Receive, Send
 
 # A whole body has so long to arrive: the largest at 3 Mbit/s.
 BODY_SECONDS = 60.0
+# A body that brings nothing for so long has a client that is gone, and holds room that others wait for.
+SILENCE_SECONDS = 10.0
 # SDKs give up after 10 to 15 s (posthog-node, posthog-python): before that they are told to come again.
 PATIENCE_SECONDS = 5.0
 # A stop gives open requests so long: less than the agent has to put what was read.
@@ -39,6 +41,9 @@ BODIES_BYTES = 64 * 1024 * 1024
 AT_ONCE_BYTES = 256 * 1024
 # What the door takes at once without holding others up.
 PIECE_BYTES = 256 * 1024
+# A body of twice what may be is read, though not kept, so that the client sees why it is refused. The server
+# gives up some messages (of 64 KiB) later than the source, which counts it.
+SPARE_BYTES = 1024 * 1024
 ORIGINS_KEPT = 256
 
 _encode = msgspec.json.Encoder().encode
@@ -91,6 +96,7 @@ class HttpSource:
         self._project = next(project for project in projects if project.name == settings.project)
         self.requests = 0  # under way
         self.flag_calls: Counter[str] = Counter()
+        self.answers: Counter[int] = Counter()  # by status
 
     async def run(self, stop: trio.Event) -> None:
         """Answer requests until `stop`, and then those that are under way."""
@@ -107,13 +113,13 @@ class HttpSource:
                 self._listeners,
                 shutdown=stop,
                 grace=PARTING_SECONDS,
-                # As much is read, though not kept, so that the client sees why it is refused.
-                max_body=2 * self._settings.max_body,
+                max_body=2 * self._settings.max_body + SPARE_BYTES,
                 max_connections=self._settings.max_connections,
             )
 
     async def _serve(self, flags: httpd.App, scope: Message, receive: Receive, send: Send) -> None:
         """One request, as ASGI has it."""
+        send = self._counting(send)
         if scope["path"] in FLAGS:
             await flags(scope, receive, send)
             return
@@ -128,6 +134,14 @@ class HttpSource:
         await send({"type": "http.response.start", "status": answer.status, "headers": headers})
         await send({"type": "http.response.body", "body": answer.text})
 
+    def _counting(self, send: Send) -> Send:
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self.answers[message["status"]] += 1
+            await send(message)
+
+        return counted
+
     async def _answer(self, scope: Message, receive: Receive) -> Answer:
         dialect = DIALECTS.get(scope["path"])
         if dialect is None:
@@ -138,21 +152,26 @@ class HttpSource:
             return Answer(200, b'{"status":"Ok"}', JSON)
         self.requests += 1
         try:
-            return await self._take(dialect, scope, receive)
+            now = self._clock.now()
+            answer = await self._take(dialect, scope, receive, now)
+            if answer.events and await self._put(_denied(answer, now, scope["path"])) is None:
+                return dialect.trouble("busy")
+            return answer
         finally:
             self.requests -= 1
 
-    async def _take(self, dialect: Dialect, scope: Message, receive: Receive) -> Answer:
+    async def _take(self, dialect: Dialect, scope: Message, receive: Receive, now: Instant) -> Answer:
         """Read a request, put its events, and tell what became of them."""
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         address = self._address(scope)
         share = _Share(self._bodies)
         try:
-            body = await self._read(receive, share)
+            too_long = int(headers.get("content-length", "0")) > 2 * self._settings.max_body
+            body = "too_large" if too_long else await self._read(receive, share)
             if isinstance(body, str):
                 return dialect.trouble(body)
             query = scope["query_string"].decode("latin-1")
-            now, most = self._clock.now(), self._settings.max_body
+            most = self._settings.max_body
             request = Request(scope["path"], query, headers, body, now, most, is_near(address))
             posted = await self._unpack(dialect, request)
             if isinstance(posted, Answer):
@@ -165,8 +184,9 @@ class HttpSource:
                 historical=posted.historical,
             )
             if origin is None:
-                return dialect.trouble("unknown_key")
-            refused = await self._put(posted.lines, now, origin) if share.hold(len(posted.lines)) else None
+                return dialect.trouble("unknown_key")._replace(events=posted.events)
+            reads = _pieces(posted.lines, now, origin)
+            refused = await self._put(reads) if share.hold(len(posted.lines)) else None
             return dialect.trouble("busy") if refused is None else dialect.answer(posted, refused)
         finally:
             share.hold(0)
@@ -180,23 +200,25 @@ class HttpSource:
     async def _read(self, receive: Receive, share: "_Share") -> bytes | Trouble:
         """The whole body. What is too much is read and forgotten, so that the client hears of it."""
         pieces: list[bytes] = []
-        size, more = 0, True
-        with trio.move_on_after(BODY_SECONDS):
-            while more:
+        size, more, most = 0, True, self._settings.max_body
+        end = trio.current_time() + BODY_SECONDS
+        while more:
+            with trio.move_on_at(min(end, trio.current_time() + SILENCE_SECONDS)) as patience:
                 message = await receive()
-                if message["type"] == "http.disconnect":
-                    return "stalled"
-                more = message.get("more_body", False)
-                size += len(message["body"])
-                if size > self._settings.max_body:
-                    pieces.clear()
-                    share.hold(0)
-                elif share.hold(size):
-                    pieces.append(message["body"])
-                else:
-                    return "busy"
-            return "too_large" if size > self._settings.max_body else b"".join(pieces)
-        return "stalled"
+            if patience.cancelled_caught or message["type"] == "http.disconnect":
+                return "stalled"
+            more = message.get("more_body", False)
+            size += len(message["body"])
+            if size > 2 * most:
+                break
+            if size > most:
+                pieces.clear()
+                share.hold(0)
+            elif share.hold(size):
+                pieces.append(message["body"])
+            else:
+                return "busy"
+        return "too_large" if size > most else b"".join(pieces)
 
     async def _unpack(self, dialect: Dialect, request: Request) -> Posted | Answer:
         """Its events, without holding the others up."""
@@ -206,18 +228,18 @@ class HttpSource:
                 return found
         return await trio.to_thread.run_sync(dialect.read, request, limiter=self._unpacking)
 
-    async def _put(self, lines: bytes, at: Instant, origin: Origin) -> Mapping[int, str] | None:
+    async def _put(self, reads: Iterable[Read]) -> Mapping[int, str] | None:
         """Which lines the door refused, and why, once the others are in the buffer; None if they are not."""
         offered: list[Offered] = []
         with trio.move_on_after(PATIENCE_SECONDS):
             if self._stuck is not None:  # else each try of an SDK would be one more copy of its events
                 await self._stuck.settled.wait()
                 self._stuck = None
-            for piece in _pieces(lines):
+            for read in reads:
                 await self._putter.room()
-                offered.append(self._putter.offer(Read(piece, at, origin=origin), urgent=True))
-                count = piece.count(b"\n")
-                at = at._replace(wall=at.wall + count, monotonic=at.monotonic + count)
+                offered.append(self._putter.offer(read, urgent=True))
+                if read.denied is not None:  # it takes no room, so that nothing else holds the next one back
+                    await offered[-1].settled.wait()
             refused: dict[int, str] = {}
             before = 0
             for part in offered:
@@ -279,15 +301,25 @@ class _Room:
         self.left = size
 
 
-def _pieces(lines: bytes) -> Iterator[bytes]:
-    """The lines a few at a time."""
+def _pieces(lines: bytes, at: Instant, origin: Origin) -> Iterator[Read]:
+    """The lines a few at a time, each piece as much later as it has lines before it."""
     start = 0
-    while len(lines) - start > PIECE_BYTES:
-        end = lines.rfind(b"\n", start, start + PIECE_BYTES) + 1 or lines.index(b"\n", start) + 1
-        yield lines[start:end]
+    while start < len(lines):
+        end = len(lines)
+        if end - start > PIECE_BYTES:
+            end = lines.rfind(b"\n", start, start + PIECE_BYTES) + 1 or lines.index(b"\n", start) + 1
+        piece = lines[start:end]
+        yield Read(piece, at, origin=origin)
+        count = piece.count(b"\n")
+        at = at._replace(wall=at.wall + count, monotonic=at.monotonic + count)
         start = end
-    if start < len(lines):
-        yield lines[start:]
+
+
+def _denied(answer: Answer, at: Instant, path: str) -> Iterator[Read]:
+    """The events that are lost with a request, for the books, a few at a time."""
+    for first in range(0, answer.events, CHUNK_EVENTS):
+        lines = min(CHUNK_EVENTS, answer.events - first)
+        yield Read(b"", at, denied=Denied(answer.reason, lines, f"a request to {path}"))
 
 
 def _cors(allowed: Sequence[str], method: str, asked: Mapping[bytes, bytes]) -> Iterator[tuple[bytes, bytes]]:

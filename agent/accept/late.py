@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # As `flags.Answered` has them.
 ANSWERS = ("passed", "stale", "unavailable", "refused")
+# Those of the source itself; what PostHog answers to flag calls can be any other.
+STATUSES = (200, 204, 400, 401, 404, 405, 408, 413, 415, 429, 503)
 
 
 class LateHttp:
@@ -45,6 +47,14 @@ class LateHttp:
         if self._source is not None:
             calls.update(self._source.flag_calls)
         return calls
+
+    @property
+    def answers(self) -> Mapping[int, int]:
+        """How many requests were answered, by status."""
+        answers = dict.fromkeys(STATUSES, 0)
+        if self._source is not None:
+            answers.update(self._source.answers)
+        return answers
 
     async def run(self, stop: trio.Event) -> None:
         """See `HttpSource.run`."""

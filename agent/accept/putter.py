@@ -30,7 +30,7 @@ COMPANY_SECONDS = 0.05
 # The last refusals, for `status`.
 RECENT = 20
 # Of lines that were refused unread one says it all.
-UNREAD = ("forbidden", "rate_limited")
+UNREAD = ("forbidden", "rate_limited", "unknown_key")
 
 
 class Outcome(NamedTuple):

@@ -115,6 +115,11 @@ class Source:
         return next((one.flag_calls for one in self._readings if isinstance(one, LateHttp)), None)
 
     @property
+    def answers(self) -> Mapping[int, int] | None:
+        """How many requests of clients were answered, by status; None but for http."""
+        return next((one.answers for one in self._readings if isinstance(one, LateHttp)), None)
+
+    @property
     def drops_known(self) -> bool:
         """Whether the kernel tells how many datagrams it dropped."""
         return all(isinstance(one, DatagramSource) and one.drops_known for one in self._readings)
