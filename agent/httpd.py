@@ -131,6 +131,8 @@ class _Connection(TCPServer):
     a few odd bytes raise what it does not catch.
     """
 
+    _left = False
+
     async def run(self) -> None:
         """Serve it."""
         sock: trio.socket.SocketType = self.stream.socket
@@ -152,11 +154,18 @@ class _Connection(TCPServer):
                 self.protocol = protocol  # type: ignore[assignment]  # what wraps it only changes protocols
                 await self.idle_task.restart(group, self._idle_timeout)
                 await self._read_data()
+                self._left = True
                 await self.idle_task.stop()
         except OSError:  # the client has gone
             pass
         finally:
             await self._close()
+
+    async def _idle_timeout(self) -> None:
+        if (
+            not self._left
+        ):  # else an answer that was just being written would begin to wait for the next request
+            await super()._idle_timeout()
 
 
 class _Http11(H11Protocol):

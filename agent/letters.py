@@ -84,6 +84,7 @@ def _told(letter: DeadLetter, *, full: bool) -> dict[str, Any]:
         "event": event.event,
         "distinct_id": event.distinct_id,
         "project": letter.project,
+        "other_key": letter.key is not None,
         "reason": letter.reason,
         "detail": letter.detail,
         "at": format_time(letter.at),

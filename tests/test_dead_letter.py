@@ -1,7 +1,9 @@
 """`dead-letter`, before a running agent and on the file of one that does not run."""
 
+import gzip
 import json
 import signal
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -23,6 +25,12 @@ UUID = "00000000-0000-4000-8000-000000000001"
 POISON = b'{"event":"odd\\u001b[2J","distinct_id":"d","uuid":"%b","properties":{"n":1e999}}\n' % UUID.encode()
 
 
+async def dead_letter(config: Path, *arguments: str, text: str = "") -> CompletedProcess[str]:
+    """A sub-command of `dead-letter`."""
+    whole = ("dead-letter", *arguments, "--config", str(config))
+    return await trio.to_thread.run_sync(lambda: run(*whole, text=text))
+
+
 class Refusing(NamedTuple):
     """An agent before a sink that refuses what holds `1e999`, until told otherwise."""
 
@@ -32,8 +40,7 @@ class Refusing(NamedTuple):
 
     async def verb(self, *arguments: str, text: str = "") -> CompletedProcess[str]:
         """A sub-command of `dead-letter`."""
-        whole = ("dead-letter", *arguments, "--config", str(self.config))
-        return await trio.to_thread.run_sync(lambda: run(*whole, text=text))
+        return await dead_letter(self.config, *arguments, text=text)
 
     async def listed(self) -> list[dict[str, Any]]:
         """What `list --json` says."""
@@ -69,6 +76,7 @@ async def test_what_was_refused_can_be_looked_at(tmp_path: Path) -> None:
         (letter,) = await at.listed()
         assert (letter["uuid"], letter["event"], letter["project"]) == (UUID, "odd\x1b[2J", "default")
         assert letter["reason"] == "rejected"
+        assert letter["other_key"] is False
         assert letter["attempts"] >= 2
         assert letter["at"].endswith("Z")
         assert "body" not in letter
@@ -144,6 +152,43 @@ async def test_without_an_agent_the_file_is_opened(tmp_path: Path) -> None:
             )
             assert done.returncode == 0, done.stderr
             await agent.until(delivered=11)
+
+
+async def test_a_letter_with_a_key_of_its_own_says_so(tmp_path: Path) -> None:
+    """`list`, `show` and `export` tell it apart and never tell the key; a replay goes out with that key."""
+    keys: list[str] = []
+    sink = Sink()
+
+    def note(request: Request) -> None:
+        keys.append(json.loads(gzip.decompress(request.body))["api_key"])
+
+    async with serving(sink) as url:
+        config = configure(tmp_path, url)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        source = f'[[source]]\nkind = "http"\nlisten = "127.0.0.1:{port}"\n'
+        config.write_text(config.read_text() + source)
+        event = b'{"event":"e","distinct_id":"d","properties":{"n":%b}}'
+        body = b'{"api_key":"phc_strange","batch":[%b,%b]}' % (event % b"1e999", event % b"1")
+        async with running(config) as agent:
+            with trio.fail_after(60):
+                async with httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(retries=10)) as sdk:
+                    answer = await sdk.post(f"http://127.0.0.1:{port}/batch/", content=body)
+                assert answer.status_code == 200
+                await agent.until(delivered=1, dead=1)
+                (letter,) = json.loads((await dead_letter(config, "list", "--json")).stdout)
+                assert (letter["project"], letter["other_key"]) == ("default", True)
+                listed = (await dead_letter(config, "list")).stdout
+                exported = (await dead_letter(config, "export")).stdout
+                shown = (await dead_letter(config, "show", str(letter["id"]))).stdout
+                assert "default (with another key than its own)" in listed
+                assert "default (with another key than its own)" in shown
+                assert '"other_key":true' in exported
+                assert "phc_strange" not in listed + exported + shown + str(letter)
+                sink._script = note
+                await dead_letter(config, "replay")
+                await agent.until(delivered=1, dead=2)
+                assert set(keys) == {"phc_strange"}
 
 
 async def test_purging_asks_first(tmp_path: Path) -> None:

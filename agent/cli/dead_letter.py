@@ -65,7 +65,8 @@ def show(config_file: str | None, ident: int, as_json: bool) -> None:
             click.echo(_dumped(letter))
             return
         for name in ("id", "project", "uuid", "event", "distinct_id", "received_at"):
-            click.echo(f"{name:<12} {plain(str(getattr(letter, name)))}")
+            value = _owner(letter) if name == "project" else str(getattr(letter, name))
+            click.echo(f"{name:<12} {plain(value)}")
         for burial in letter.earlier:
             click.echo(f"{'earlier':<12} {_burial(burial)}")
         click.echo(f"{'refused':<12} {_burial(letter)}")
@@ -129,6 +130,10 @@ def export(config_file: str | None, ids: Sequence[int]) -> None:
 
     Each line is the event, and in `dead_letter` why it was refused. The agent ignores that field, so what was
     mended can be sent with `capture-agent send --stdin`.
+
+    Not so where `dead_letter` has `"other_key": true`: such an event came with a project key of its own,
+    which is printed nowhere, and `send` would give it to the source's project instead. `replay` sends it with
+    its own key, as it was; what has to be mended is for its sender to send again.
     """
 
     async def work(letters: Shelf) -> None:
@@ -188,8 +193,13 @@ def _unknown(ids: Sequence[int]) -> SystemExit:
 
 def _line(letter: Letter) -> str:
     what = f"{letter.event} of {letter.distinct_id}: {letter.reason}: {letter.detail}"
-    line = plain(f"{letter.id:>7}  {letter.at}  {letter.project}  {what}")
+    line = plain(f"{letter.id:>7}  {letter.at}  {_owner(letter)}  {what}")
     return line if len(line) <= WIDTH else line[: WIDTH - 1] + "…"
+
+
+def _owner(letter: Letter) -> str:
+    """Whose it is: a key that a client sent has no name."""
+    return letter.project + (" (with another key than its own)" if letter.other_key else "")
 
 
 def _burial(burial: Burial) -> str:
@@ -203,6 +213,6 @@ def _dumped(letter: Letter) -> str:
 
 def _exported(letter: Letter) -> bytes:
     """The event byte for byte, and one field more."""
-    names = ("id", "project", "reason", "detail", "at", "attempts")
+    names = ("id", "project", "other_key", "reason", "detail", "at", "attempts")
     why = msgspec.json.encode({name: getattr(letter, name) for name in names})
     return bytes(letter.body)[:-1] + b',"dead_letter":' + why + b"}"

@@ -19,13 +19,17 @@ class Burial(msgspec.Struct, kw_only=True):
 
 
 class Letter(Burial, kw_only=True, omit_defaults=True):
-    """What `agent/letters.py` tells of one; `body` is the event byte for byte, where it was asked for."""
+    """What `agent/letters.py` tells of one; `body` is the event byte for byte, where it was asked for.
+
+    With `other_key` it is not of the project whose name is told, which its events only share the host with.
+    """
 
     id: int
     uuid: str
     event: str
     distinct_id: str
     project: str
+    other_key: bool
     received_at: str
     earlier: list[Burial] = []
     body: msgspec.Raw = msgspec.Raw(b"")
