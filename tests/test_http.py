@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -360,16 +361,22 @@ async def test_a_body_that_brings_nothing_gives_its_room_back(monkeypatch: pytes
 
 
 async def test_a_body_that_trickles_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slow is not silent."""
+    """Slow is not silent; its events came when it was whole."""
     monkeypatch.setattr(source, "SILENCE_SECONDS", 1.0)
 
-    async def slowly() -> AsyncIterator[bytes]:
-        for piece in (batch(event())[:9], batch(event())[9:12], batch(event())[12:]):
-            yield piece
-            await trio.sleep(0.4)
+    body = batch(event())
 
+    async def slowly() -> AsyncIterator[bytes]:
+        for piece in (body[:9], body[9:12], body[12:]):
+            await trio.sleep(0.4)
+            last.append(datetime.now(UTC))
+            yield piece
+
+    last: list[datetime] = []
     async with taking(http()) as taken, client(taken) as sdk:
         assert (await sdk.post("/batch/", content=slowly())).status_code == 200
+        [one] = await taken.events(1)
+        assert datetime.fromisoformat(one["timestamp"]) >= last[-1]
 
 
 async def test_more_clients_wait_until_one_leaves() -> None:

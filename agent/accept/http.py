@@ -152,15 +152,15 @@ class HttpSource:
             return Answer(200, b'{"status":"Ok"}', JSON)
         self.requests += 1
         try:
-            now = self._clock.now()
-            answer = await self._take(dialect, scope, receive, now)
-            if answer.events and await self._put(_denied(answer, now, scope["path"])) is None:
+            answer = await self._take(dialect, scope, receive)
+            lost = _denied(answer, self._clock.now(), scope["path"])
+            if answer.events and await self._put(lost) is None:
                 return dialect.trouble("busy")
             return answer
         finally:
             self.requests -= 1
 
-    async def _take(self, dialect: Dialect, scope: Message, receive: Receive, now: Instant) -> Answer:
+    async def _take(self, dialect: Dialect, scope: Message, receive: Receive) -> Answer:
         """Read a request, put its events, and tell what became of them."""
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         address = self._address(scope)
@@ -171,7 +171,7 @@ class HttpSource:
             if isinstance(body, str):
                 return dialect.trouble(body)
             query = scope["query_string"].decode("latin-1")
-            most = self._settings.max_body
+            now, most = self._clock.now(), self._settings.max_body
             request = Request(scope["path"], query, headers, body, now, most, is_near(address))
             posted = await self._unpack(dialect, request)
             if isinstance(posted, Answer):

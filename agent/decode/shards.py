@@ -32,8 +32,8 @@ class Shards(NamedTuple):
     events: list[bytes]
 
 
-# Why nothing was found: the brackets make no sense, or there are too many of them or of the events.
 TOO_MANY = f"more than {MOST_EVENTS} events or {MOST_BRACKETS} brackets"
+# Why nothing was found: the brackets make no sense, or there are too many of them or of the events.
 Senseless = Literal["malformed_json", "too_large"]
 
 
