@@ -3,7 +3,7 @@
  *   loader KIND ADDRESS COUNT [EVENTS_PER_SECOND [POISON [FORM]]]
  *
  * KIND is unix_stream, unix_stream_ack, tcp, tcp_ack, unix_datagram, udp or http. ADDRESS is a path or a port of
- * 127.0.0.1. FORM is json, logfmt, rfc5424 or rfc3164; http sends gzipped batches of 100 as PostHog's SDKs do, four
+ * 127.0.0.1. FORM is json, logfmt, rfc5424 or rfc3164; http sends gzipped batches of 100 as PostHog's SDKs do, 32
  * requests at a time. The events are made before the first is sent, so that making them takes no CPU from the agent.
  * Of every POISON events one is such that PostHog refuses its batch. Prints when the first was sent (seconds since
  * 1970) and how long it took.
@@ -24,7 +24,7 @@
 #define LARGEST 1024        /* bytes of one event, with room to spare */
 #define WRITE (256 * 1024)  /* bytes of one write to a stream */
 #define BATCH 100           /* events in one request of an SDK */
-#define CONNECTIONS 4       /* of http */
+#define CONNECTIONS 32      /* of http */
 
 static const char *NAMES[] = {"$pageview", "signup", "checkout started", "item added", "search"};
 static const char *PLANS[] = {"free", "pro", "scale", "enterprise"};
