@@ -201,7 +201,7 @@ def test_trouble_is_shown() -> None:
             stats=lambda: stats,
             balanced=lambda: False,
             writable=lambda: False,
-            http_answers=lambda: {},
+            http_answers=dict,
             deliveries=lambda: (),
             clock_steps=lambda: 0,
             now=lambda: 5_000_000,
