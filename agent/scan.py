@@ -30,7 +30,7 @@ def pattern(wanted: re.Pattern[bytes]) -> Find:
 
 def escape_of(hidden: str) -> Find:
     """Finds what is in every JSON text that writes one of these characters as an escape."""
-    # The short escapes, `\\/` or `\\n`, are of few characters; the others are written `\\uXXXX`.
+    # The short escapes, `\\/` or `\\n`, are of few characters; the others are `\\u` and four digits.
     if any(char in '"\\/' or char < " " for char in hidden):
         return piece(b"\\")
     return pattern(re.compile(rb"\\u00[0-7]")) if hidden.isascii() else piece(rb"\u")

@@ -106,6 +106,31 @@ def configure(folder: Path, url: str, more: str = "") -> Path:
 
 
 @asynccontextmanager
+async def ended(process: trio.Process) -> AsyncIterator[None]:
+    """A process for a block; what is left of it at the end is killed."""
+    try:
+        yield
+    finally:
+        if process.poll() is None:
+            process.kill()
+        with trio.CancelScope(shield=True):
+            await process.wait()
+
+
+@asynccontextmanager
+async def watching(command: str, config: Path, *arguments: str) -> AsyncIterator[trio.Process]:
+    """A command that shows until it is stopped, beside an agent and in a pipe, for a block."""
+    process = await trio.lowlevel.open_process(
+        [*COMMAND, command, *arguments, "--config", str(config)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=ENVIRONMENT,
+    )
+    async with ended(process):
+        yield process
+
+
+@asynccontextmanager
 async def started(
     config: Path,
     before: Sequence[str] = (),
@@ -122,13 +147,8 @@ async def started(
             env={**ENVIRONMENT, **(env or {})},
             pass_fds=descriptors,
         )
-    try:
+    async with ended(process):
         yield Running(process, folder)
-    finally:
-        if process.poll() is None:
-            process.kill()
-        with trio.CancelScope(shield=True):
-            await process.wait()
 
 
 @asynccontextmanager

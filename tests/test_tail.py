@@ -2,9 +2,6 @@
 
 import json
 import signal
-import subprocess
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +9,7 @@ import httpx
 import msgspec
 import trio
 import trio.testing
-from processes import COMMAND, ENVIRONMENT, Running, configure, run, running
+from processes import Running, configure, run, running, watching
 
 from agent.accept.tap import QUEUE_BYTES, QUEUE_CHUNKS, Tap, View, watched
 from agent.events import Chunk
@@ -127,23 +124,6 @@ async def test_a_rare_name_is_looked_for_among_many(autojump_clock: trio.testing
     assert lines[-1] == {"left_out": 1001, "missed": 0}
 
 
-@asynccontextmanager
-async def tailing(agent: Running, *arguments: str) -> AsyncIterator[trio.Process]:
-    """The command beside an agent, for a block, once the agent knows it."""
-    process = await trio.lowlevel.open_process(
-        [*COMMAND, "tail", *arguments, "--config", str(agent.folder / "config.toml")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=ENVIRONMENT,
-    )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-        await process.wait()
-
-
 async def _send(agent: Running, lines: bytes) -> None:
     async with await trio.open_unix_socket(agent.stream) as stream:
         await stream.send_all(b'{"ack":true}\n' + lines)
@@ -168,7 +148,7 @@ async def test_tail_prints_what_passes(tmp_path: Path) -> None:
     """An event a line, nothing in it that a terminal could obey; Ctrl-C ends it, and that is no error."""
     event = b'{"event":"odd\\u001b[2J","distinct_id":"d","properties":{"plan":"pro"}}\n'
     async with running(configure(tmp_path, AWAY)) as agent:
-        async with tailing(agent) as process:
+        async with watching("tail", agent.folder / "config.toml") as process:
             line = (await _first_lines(agent, process, event, 1))[0]
             assert r" unix_stream odd\x1b[2J d " in line
             assert '"plan":"pro"' in line
@@ -183,7 +163,9 @@ async def test_tail_chooses_and_prints_json(tmp_path: Path) -> None:
     """Only the sources and names that were asked for; when the agent goes away it says so and exits 3."""
     events = b'{"event":"other","distinct_id":"d"}\n{"event":"signup","distinct_id":"d"}\n'
     async with running(configure(tmp_path, AWAY)) as agent:
-        async with tailing(agent, "--source", "unix_stream", "--event", "sign*", "--json") as process:
+        async with watching(
+            "tail", agent.folder / "config.toml", "--source", "unix_stream", "--event", "sign*", "--json"
+        ) as process:
             lines = await _first_lines(agent, process, events, 2)
             assert {json.loads(line)["event"]["event"] for line in lines} == {"signup"}
             agent.send(signal.SIGTERM)

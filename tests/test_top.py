@@ -4,14 +4,11 @@ import json
 import os
 import pty
 import signal
-import subprocess
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import trio
-from processes import COMMAND, ENVIRONMENT, configure, run, running
+from processes import COMMAND, ENVIRONMENT, configure, run, running, watching
 
 from agent.cli.pulse import KEPT, Pulse, sparkline
 from agent.sink import Sink, serving
@@ -97,23 +94,6 @@ def test_a_sparkline_is_as_high_as_its_highest() -> None:
     assert len(pulse.picture("source app received", 1000).strip()) == KEPT
 
 
-@asynccontextmanager
-async def topping(config: Path, *arguments: str) -> AsyncIterator[trio.Process]:
-    """The command in a pipe, for a block."""
-    process = await trio.lowlevel.open_process(
-        [*COMMAND, "top", *arguments, "--config", str(config)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=ENVIRONMENT,
-    )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-        await process.wait()
-
-
 async def _lines(process: trio.Process, count: int) -> list[str]:
     assert process.stdout is not None
     text = b""
@@ -130,13 +110,13 @@ async def test_top_in_a_pipe(tmp_path: Path) -> None:
     async with serving(Sink()) as url:
         config = configure(tmp_path, url)
         async with running(config) as agent:
-            async with topping(config) as process:
+            async with watching("top", config) as process:
                 line, _ = await _lines(process, 2)
                 assert "; in 0/s; out 0/s; " in line
                 assert "unix_datagram 0/s" in line
                 process.send_signal(signal.SIGINT)
                 assert await process.wait() == 0
-            async with topping(config, "--json") as process:
+            async with watching("top", config, "--json") as process:
                 first, second = map(json.loads, await _lines(process, 2))
                 assert [source["name"] for source in first["sources"]] == [
                     "unix_stream",
