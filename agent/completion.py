@@ -7,6 +7,7 @@ written anew.
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 import msgspec
@@ -39,9 +40,13 @@ class Watch:
     def __init__(self, names: Sequence[str]) -> None:
         keys = [_encode(name) for name in names]
         # Two patterns that begin with a literal byte, which the regex engine looks for quickly: all the keys
-        # in one pattern cost 3 µs an event, these 0.1.
-        reserved = [key.removeprefix(RESERVED) for key in keys if key.startswith(RESERVED)]
-        self._reserved = re.compile(rb"\$(?:" + b"|".join(map(re.escape, reserved)) + b")")
+        # in one pattern cost 3 µs an event, these 0.1. By their first letters, as it tries each alternative.
+        reserved = sorted(key.removeprefix(RESERVED) for key in keys if key.startswith(RESERVED))
+        grouped = (
+            re.escape(first) + b"(?:" + b"|".join(re.escape(key[1:]) for key in group) + b")"
+            for first, group in groupby(reserved, key=_first)
+        )
+        self._reserved = re.compile(rb"\$(?:" + b"|".join(grouped) + b")")
         self._plain = [key for key in keys if not key.startswith(RESERVED)]
         self._plain += [key.replace(b"/", rb"\/") for key in self._plain if b"/" in key]
         # An ASCII key can hide behind escapes of ASCII characters only.
@@ -54,6 +59,10 @@ class Watch:
         if b"\\" in text and self._escaped.search(text) is not None:
             return True
         return any(key in text for key in self._plain)
+
+
+def _first(key: bytes) -> bytes:
+    return key[:1]
 
 
 class Addition(NamedTuple):

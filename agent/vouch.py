@@ -101,7 +101,9 @@ class Door:
         uuids = uuids_of(reads[0].at.wall if reads else 0, random, len(envelopes))
         runs = self._runs(reads, lines, places)
         alike = runs if own is None else list(self._of_own(runs, own))
-        prefixes = [prefix for run in alike for prefix in [run.addition.prefix] * (run.end - run.first)]
+        prefixes: list[bytes] = []
+        for run in alike:
+            prefixes += [run.addition.prefix] * (run.end - run.first)
         texts = Texts(envelopes, prefixes, [], uuids, stamps)
         given: set[str] = set()
         odd = self._completion.complete(texts, alike, text, flaws, given)
