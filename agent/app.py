@@ -5,12 +5,10 @@ before the modules that nobody waits for yet (the HTTP client and server) are ev
 starts must not make its senders wait.
 """
 
-import os
 import resource
 import signal
-import socket
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager, ExitStack
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -18,20 +16,25 @@ import msgspec
 import structlog
 import trio
 
-from agent.accept.sockets import Opened, address_of, bind_address, bind_unix, removed_at_the_end
+from agent import AgentError
+from agent.accept.handed import goes_on, place_of
+from agent.accept.sockets import Opened, address_of
 from agent.accept.source import Source, opened
 from agent.buffer import Buffer, Kept
 from agent.buffer.memory import open_memory
-from agent.buffer.sqlite import open_sqlite
+from agent.buffer.sqlite import SqliteBuffer, open_sqlite
 from agent.clock import Clock
-from agent.config import Admin, Config, Http, Stream
+from agent.config import Config, Http, Stream
 from agent.config import Source as Settings
+from agent.handover import Handover
 from agent.memory import keep_freed, settle_in
 from agent.metrics import Metrics
 from agent.notify import Notices
+from agent.page_sockets import Page, page_sockets, tell_unused
 from agent.pulse import Pulse, status_line
-from agent.source_checks import ADMIN_SOCKET
-from agent.systemd import NOTHING, UNIX_STREAM, Passed
+from agent.reload import SIGNALS, Plan, handover_of, hold_signals, planned, take_signals
+from agent.status import Reloaded
+from agent.systemd import NOTHING, Passed
 from agent.timekeeper import Timekeeper
 from agent.ways_out import try_ways_out
 
@@ -46,8 +49,6 @@ GIVE_UP_SECONDS = 2.0  # from then on, to book what found no room: milliseconds,
 DRAIN_SECONDS = 1.2  # to deliver what is there
 STOP_SECONDS = 3.7  # all of these together
 
-ADMIN_MODE = 0o660
-
 # How long a stop waits for systemd to take the news; it needs none.
 TELL_SECONDS = 0.2
 
@@ -56,15 +57,36 @@ KEPT_DESCRIPTORS = 64
 
 
 class Agent:
-    """One agent; `ready` is set when its sources take events, setting `stop` ends it in order."""
+    """One agent; `ready` is set when its sources take events, setting `stop` ends it in order.
 
-    def __init__(self, config: Config, passed: Passed = NOTHING, notices: Notices | None = None) -> None:
+    `handed` is what the agent that it replaces has left, `reread` gives the configuration as it is now, and
+    `check` is the command that has it checked. After a reload `handover` is what this one leaves.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        passed: Passed = NOTHING,
+        notices: Notices | None = None,
+        *,
+        handed: Handover | None = None,
+        reread: Callable[[], Config] | None = None,
+        check: Sequence[str] = (),
+    ) -> None:
         self.config = config
         self.ready = trio.Event()
         self.stop = trio.Event()
         self.sources: list[Source] = []
         self.pages = ""  # the address of the pages, empty where there is none
+        self.plan: Plan | None = None  # of the agent that is to replace this one
+        self.handover: Handover | None = None
         self._passed = passed
+        self._handed = handed or Handover(at=0)
+        self._reread = reread
+        self._check = check
+        self._reloading = trio.Lock()
+        self._settled = trio.Event()
+        self._lock: int | None = None
         self._notices = notices or Notices()
         self._metrics = Metrics()
         self._clock = Clock()
@@ -74,35 +96,75 @@ class Agent:
         keep_freed()
         self.config = _with_descriptors(self.config, _raise_descriptor_limit())
         try_ways_out(self.config)
-        _tell_unused(self.config, self._passed)
+        tell_unused(self.config, self._passed)
         with ExitStack() as stack:
             sockets = [
                 stack.enter_context(opened(settings, self._passed)) for settings in self.config.sources
             ]
-            pages = stack.enter_context(_page_sockets(self.config.admin, self._passed))
-            self.pages = next((address_of(sock) for sock, private in pages if not private), "")
+            pages = stack.enter_context(page_sockets(self.config.admin, self._passed))
+            self._passed.close_own()
+            self.pages = next((address_of(page.sock) for page in pages if not page.private), "")
             async with trio.open_nursery() as showing:
                 async with self._open_buffer() as buffer:
                     await self._serve(buffer, sockets, pages, showing)
                 showing.cancel_scope.cancel()
-        log.info("stopped")
+            if self.plan is not None:
+                at, places = self._clock.now().wall, [(page.sock, page.place) for page in pages]
+                self.handover = handover_of(self.plan, at, self.sources, places, self._passed, self._lock)
+        log.info("stopped" if self.plan is None else "replaced")
+
+    async def reload(self) -> None:
+        """Be replaced by an agent with the configuration as it is now; where that cannot be, go on."""
+        async with self._reloading:
+            await self._settled.wait()
+            if self._reread is None or self.stop.is_set():
+                return
+            log.info("reloading")
+            await self._notices.reloading()
+            try:
+                plan = await planned(self.config, self._passed, self._reread, self._check)
+            except AgentError as error:
+                await self._refuse(error)
+                return
+            await self._outside.rest()
+            if self.stop.is_set():
+                plan.close()
+                return
+            self.plan = plan
+            for source in self.sources:
+                if any(goes_on(source.settings, new) for new in plan.config.sources):
+                    source.leave()
+            self.stop.set()
+
+    async def _refuse(self, error: AgentError) -> None:
+        """Tell everybody that the new configuration is not used."""
+        text = "the reload was refused; the agent goes on as it was"
+        log.error(text, error=str(error), hint=error.hint)
+        self._outside.reloaded = Reloaded(self._clock.now().wall, str(error))
+        await self._notices.ready(f"reload refused, everything goes on as before: {error}")
 
     def _open_buffer(self) -> AbstractAsyncContextManager[Kept]:
         settings = self.config.buffer
-        return open_memory(settings) if settings.kind == "memory" else open_sqlite(settings, self._metrics)
+        if settings.kind == "memory":
+            return open_memory(settings)
+        return open_sqlite(settings, self._metrics, self._handed.lock)
 
     async def _serve(
         self,
         buffer: Kept,
         sockets: list[Sequence[Opened]],
-        pages: list[tuple[socket.socket, bool]],
+        pages: list[Page],
         showing: trio.Nursery,
     ) -> None:
         """Accept, then deliver and show; until `stop`, and then in the opposite order."""
         projects = {project.name: project for project in self.config.projects}
+        left = list(self._handed.sources)
         for settings, its in zip(self.config.sources, sockets, strict=True):
             project = projects[settings.project]
-            source = Source(settings, project, its, buffer, self._clock, self.config.projects)
+            handed = next((one for one in left if one.place == place_of(settings)), None)
+            if handed is not None:
+                left.remove(handed)
+            source = Source(settings, project, its, buffer, self._clock, self.config.projects, handed)
             self.sources.append(source)
         timekeeper = Timekeeper(self._clock, buffer)
         await timekeeper.look()  # before anything is stamped
@@ -116,18 +178,22 @@ class Agent:
                 log.info("ready", sources=", ".join(places), buffer=self.config.buffer.path)
                 self.ready.set()
                 watching.start_soon(pulse.run)
-                outside = await self._load_outside(buffer, timekeeper)
+                self._outside = outside = await self._load_outside(buffer, timekeeper)
                 await delivering.start(outside.deliver)
                 pulse.outside = outside
-                await showing.start(outside.show, pages)
+                await showing.start(outside.show, [(page.sock, page.private) for page in pages])
                 if pages:
                     watching.start_soon(outside.watch)
                 settle_in()
+                self._settled.set()
                 await self.stop.wait()
-                outside.state = "stopping"
-                log.info("stopping", buffered=buffer.stats().events)
-                with trio.move_on_after(TELL_SECONDS):
-                    await self._notices.stopping(f"stopping, {status_line(buffer.stats().events, {}, '')}")
+                if self.plan is None:
+                    outside.state = "stopping"
+                    log.info("stopping", buffered=buffer.stats().events)
+                    with trio.move_on_after(TELL_SECONDS):
+                        await self._notices.stopping(
+                            f"stopping, {status_line(buffer.stats().events, {}, '')}"
+                        )
                 stopped = trio.current_time()
                 showing.start_soon(_close_door, buffer, accepting.cancel_scope)
             if accepting.cancel_scope.cancelled_caught:
@@ -139,6 +205,8 @@ class Agent:
             outside.drain()
             patience = min(trio.current_time() + DRAIN_SECONDS, stopped + STOP_SECONDS)
             delivering.cancel_scope.deadline = patience
+        if self.plan is not None and isinstance(buffer, SqliteBuffer):
+            self._lock = buffer.share_lock()
 
     async def _load_outside(self, buffer: Kept, timekeeper: Timekeeper) -> "Outside":
         """Load, in a thread, what takes longer to load than senders should wait."""
@@ -146,6 +214,8 @@ class Agent:
         made: Outside = module.Outside(
             self.config, buffer, self.sources, self._metrics, self._clock, timekeeper
         )
+        if self._handed.at:
+            made.reloaded = Reloaded(self._handed.at, "")
         return made
 
 
@@ -156,68 +226,32 @@ async def _close_door(buffer: Buffer, accepting: trio.CancelScope) -> None:
     accepting.deadline = trio.current_time() + GIVE_UP_SECONDS
 
 
-async def run_until_signalled(agent: Agent) -> None:
-    """Run until SIGTERM, SIGINT or SIGHUP (its terminal was closed), then stop in order.
+async def run_until_signalled(agent: Agent, *, hangs_up: bool = False) -> None:
+    """Run until SIGTERM or SIGINT, then stop in order; a second one leaves at once. SIGHUP reloads.
 
-    A second signal leaves at once.
+    Where the agent `hangs_up`, SIGHUP stops it too: its terminal was closed.
     """
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+    held: list[int] = []
+    with trio.open_signal_receiver(*SIGNALS) as signals:
+        take_signals()
         async with trio.open_nursery() as nursery:
 
             async def obey() -> None:
-                async for _ in signals:
-                    if agent.stop.is_set():
-                        nursery.cancel_scope.cancel()
-                    agent.stop.set()
+                async for number in signals:
+                    if agent.plan is not None:  # it is for the next agent
+                        held.append(number)
+                    elif number == signal.SIGHUP and not hangs_up:
+                        nursery.start_soon(agent.reload)
+                    else:
+                        if agent.stop.is_set():
+                            nursery.cancel_scope.cancel()
+                        agent.stop.set()
 
             nursery.start_soon(obey)
             await agent.run()
+            if agent.handover is not None:
+                hold_signals(held)
             nursery.cancel_scope.cancel()
-
-
-@contextmanager
-def _page_sockets(admin: Admin, passed: Passed) -> Iterator[list[tuple[socket.socket, bool]]]:
-    """The sockets of the pages for a block, and whether what is asked there is private.
-
-    The admin socket is systemd's where it passed one of that name: the commands look for it at `admin.socket`
-    either way.
-    """
-    pages: list[tuple[socket.socket, bool]] = []
-    with ExitStack() as stack:
-        if admin.socket and ADMIN_SOCKET in passed.left:
-            sockets = passed.take(ADMIN_SOCKET, (UNIX_STREAM,), "the admin socket")
-            pages += [(stack.enter_context(sock), True) for sock in sockets]
-            if not any(_same_place(address_of(sock), admin.socket) for sock in sockets):
-                log.warning(
-                    "the admin socket that systemd passed is not where the commands look for it",
-                    passed=", ".join(map(address_of, sockets)),
-                    configured=admin.socket,
-                    hint="set admin.socket to its ListenStream=",
-                )
-        elif admin.socket:
-            sock = bind_unix(admin.socket, socket.SOCK_STREAM, ADMIN_MODE)
-            pages.append((stack.enter_context(removed_at_the_end(sock, admin.socket)), True))
-        if admin.listen:
-            sock = stack.enter_context(bind_address(admin.listen, socket.SOCK_STREAM))
-            pages.append((sock, False))
-        yield pages
-
-
-def _tell_unused(config: Config, passed: Passed) -> None:
-    """One line where systemd holds sockets for nobody; what is wrong with a name shows here."""
-    used = {ADMIN_SOCKET} if config.admin.socket else set()
-    used |= {source.socket for source in config.sources}
-    if unused := [name for name in passed.left if name not in used]:
-        log.warning(
-            "nobody uses some of the sockets that systemd passed; who sends to them waits",
-            sockets=", ".join(unused),
-            hint='give a source socket = "NAME", or take them out of the .socket unit',
-        )
-
-
-def _same_place(path: str, other: str) -> bool:
-    """Whether two paths are one, as /run and /var/run are."""
-    return os.path.realpath(path) == os.path.realpath(other)
 
 
 def _raise_descriptor_limit() -> int:

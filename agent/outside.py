@@ -21,7 +21,7 @@ from agent.deliver.worker import Delivery
 from agent.events import OTHER
 from agent.metrics import DeliveryFacts, Metrics, Pulled
 from agent.page.history import EVERY_SECONDS, History, sample
-from agent.status import AboutClock, Document, balance, describe, has_others
+from agent.status import AboutClock, Document, Reloaded, balance, describe, has_others
 from agent.timekeeper import Timekeeper
 
 log = structlog.get_logger("agent")
@@ -30,6 +30,10 @@ log = structlog.get_logger("agent")
 VIEWERS = 16
 # An idle viewer's place is soon another's; Prometheus comes back each 15 s or more, and reconnects.
 VIEWER_SECONDS = 15.0
+
+# Before a reload requests that are under way have so long to be answered, as they would else be sent again;
+# an answer takes a second at most where PostHog is well.
+REST_SECONDS = 5.0
 
 
 class Outside:
@@ -53,7 +57,9 @@ class Outside:
         self._deliveries: list[Delivery] = []
         self._history = History()
         self._started = time.monotonic()
+        self._over = trio.Event()
         self.state = "running"
+        self.reloaded: Reloaded | None = None
 
     async def deliver(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Deliver each project's events until cancelled or drained."""
@@ -70,6 +76,14 @@ class Outside:
                     hint="configure a project of that name, and they are delivered",
                 )
             task_status.started()
+        self._over.set()
+
+    async def rest(self) -> None:
+        """Begin no more deliveries, and wait a moment for the answers that are due."""
+        for delivery in self._deliveries:
+            delivery.drain(begin=False)
+        with trio.move_on_after(REST_SECONDS):
+            await self._over.wait()
 
     def drain(self) -> None:
         """Deliver what is there, wait for no company, and end."""
@@ -182,6 +196,7 @@ class Outside:
             wall=self._clock.now().wall,
             monotonic=trio.current_time(),
             private=private,
+            reloaded=self.reloaded,
         )
 
     def _about_clock(self) -> AboutClock:

@@ -25,6 +25,13 @@ class AboutClock(NamedTuple):
     last_by: int
 
 
+class Reloaded(NamedTuple):
+    """The last reload: when (µs), and why it was refused; empty where it was not."""
+
+    at: int
+    error: str
+
+
 def describe(
     config: Config,
     buffer: Buffer,
@@ -37,6 +44,7 @@ def describe(
     wall: int,
     monotonic: float,
     private: bool,
+    reloaded: Reloaded | None = None,
 ) -> Document:
     """Everything there is to tell; what events contained, and PostHog's words on them, only where `private`.
 
@@ -49,6 +57,12 @@ def describe(
         "pid": os.getpid(),
         "uptime_seconds": round(uptime, 3),
         "state": state,
+        "reload": reloaded
+        and {
+            "at": format_time(reloaded.at),
+            "refused": bool(reloaded.error),
+            "error": (reloaded.error or None) if private else None,
+        },
         "sources": [_source(source, books) for source in sources],
         "buffer": {
             "kind": config.buffer.kind,

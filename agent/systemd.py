@@ -47,13 +47,58 @@ _PROTOCOLS = {
 }
 
 
-class Passed:
-    """The descriptors that came with the start, by name, until they are taken; `why_none` where none came."""
+class Bound(NamedTuple):
+    """What a socket of the agent's own is: of which kind, and bound to what, as the configuration says."""
 
-    def __init__(self, descriptors: Mapping[str, Sequence[int]], why_none: str = "") -> None:
+    kind: str
+    place: str
+
+
+class Passed:
+    """The descriptors that came with the start, by name, until they are taken; `why_none` where none came.
+
+    `own` are sockets that the process which this one replaces had bound itself.
+    """
+
+    def __init__(
+        self,
+        descriptors: Mapping[str, Sequence[int]],
+        why_none: str = "",
+        own: Sequence[tuple[Bound, int]] = (),
+    ) -> None:
         self._left = dict(descriptors)
         self._names = tuple(descriptors)
         self._why_none = why_none
+        self._own = list(own)
+
+    def take_own(self, bound: Bound) -> socket.socket | None:
+        """The socket that the process before this one had there; None where it had none."""
+        found = next((pair for pair in self._own if pair[0] == bound), None)
+        if found is None:
+            return None
+        self._own.remove(found)
+        sock = socket.socket(fileno=found[1])
+        sock.setblocking(False)
+        return sock
+
+    def close_own(self) -> None:
+        """Close what nobody took."""
+        for _, descriptor in self._own:
+            os.close(descriptor)
+        self._own.clear()
+
+    def knows(self, name: str) -> bool:
+        """Whether sockets of that name came, taken or not."""
+        return name in self._names
+
+    def expect(self, name: str, who: str) -> None:
+        """Raises `ActivationError` where there is no socket of that name for `who`."""
+        if name not in self._names:
+            raise self._missing(name, who)
+
+    def rest(self) -> dict[str, Sequence[int]]:
+        """The descriptors that nobody took, by name."""
+        return dict(self._left)
 
     @property
     def left(self) -> tuple[str, ...]:
@@ -86,7 +131,8 @@ class Passed:
         )
 
 
-NOTHING = Passed({}, "it passed none to this process")
+NOT_PASSED = "it passed none to this process"
+NOTHING = Passed({}, NOT_PASSED)
 
 
 def passed(env: MutableMapping[str, str]) -> Passed:

@@ -1,18 +1,29 @@
 """Framing of syslog streams: messages are the same however they are framed and cut."""
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.decode.framing import FrameReader
+from agent.decode.ndjson import Unfinished
 from agent.events import SAMPLE_BYTES
 
 
-def read(pieces: list[bytes], longest: int = 300) -> tuple[list[bytes], list[bytes], bytes]:
-    """Whole lines, the samples of those that were refused, and what is left at the end."""
+def read(
+    pieces: list[bytes], longest: int = 300, *, handed: bool = False
+) -> tuple[list[bytes], list[bytes], bytes]:
+    """Whole lines, the samples of those that were refused, and what is left at the end.
+
+    If it is `handed`, another reader goes on at each piece, as after a reload.
+    """
     reader = FrameReader(longest)
     lines, refused = b"", []
     for piece in pieces:
+        if handed:
+            left = msgspec.json.encode(reader.unfinished())
+            reader = FrameReader(longest)
+            reader.resume(msgspec.json.decode(left, type=Unfinished))
         lines += reader.feed(piece)
         if (sample := reader.take_refused()) is not None:
             refused.append(sample)
@@ -93,7 +104,7 @@ def test_cuts_do_not_matter(stream: bytes, data: st.DataObject) -> None:
     """Any way of cutting the bytes gives the same lines."""
     cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=6)))
     pieces = [stream[start:end] for start, end in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
-    assert read(pieces) == read([stream])
+    assert read(pieces) == read([stream]) == read(pieces, handed=True)
 
 
 @given(MESSAGES)

@@ -1,16 +1,24 @@
 """Framing: lines are the same however the network cuts them."""
 
+import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.decode.ndjson import LineReader, count_lines, first_lines
+from agent.decode.ndjson import LineReader, Unfinished, count_lines, first_lines
 
 
-def read(pieces: list[bytes], longest: int = 20) -> tuple[bytes, int, bytes]:
-    """Whole lines, how many were refused, and what is left at the end."""
+def read(pieces: list[bytes], longest: int = 20, *, handed: bool = False) -> tuple[bytes, int, bytes]:
+    """Whole lines, how many were refused, and what is left at the end.
+
+    If it is `handed`, another reader goes on at each piece, as after a reload.
+    """
     reader = LineReader(longest)
     lines, refused = b"", 0
     for piece in pieces:
+        if handed:
+            left = msgspec.json.encode(reader.unfinished())
+            reader = LineReader(longest)
+            reader.resume(msgspec.json.decode(left, type=Unfinished))
         lines += reader.feed(piece)
         refused += reader.take_refused() is not None
     return lines, refused, reader.finish()
@@ -23,7 +31,7 @@ def test_cuts_do_not_matter(lines: list[bytes], data: st.DataObject) -> None:
     cuts = sorted(data.draw(st.lists(st.integers(0, len(blob)), max_size=6)))
     pieces = [blob[start:end] for start, end in zip([0, *cuts], [*cuts, len(blob)], strict=True)]
     whole, _, last = blob.rpartition(b"\n")
-    assert read(pieces) == (whole + b"\n" if b"\n" in blob else b"", 0, last)
+    assert read(pieces) == (whole + b"\n" if b"\n" in blob else b"", 0, last) == read(pieces, handed=True)
 
 
 @given(st.integers(1, 50))
@@ -32,6 +40,7 @@ def test_a_long_line_is_refused_once(size: int) -> None:
     blob = b"before\n" + b"x" * 100 + b"\nafter\n"
     pieces = [blob[start : start + size] for start in range(0, len(blob), size)]
     lines, refused, last = read(pieces)
+    assert read(pieces, handed=True) == (lines, refused, last)
     kept = [line for line in lines.split(b"\n") if len(line) <= 20]
     assert kept == [b"before", b"after", b""]
     assert refused + (len(lines.split(b"\n")) - len(kept)) == 1

@@ -41,9 +41,10 @@ def host(tmp_path: Path) -> Path:
     folder = tmp_path / "usr/lib/systemd/system"
     shutil.copytree(HOSTS, folder, symlinks=True)
     shutil.copytree(UNITS, folder, dirs_exist_ok=True)
-    command = tmp_path / "usr/bin/capture-agent"
-    command.parent.mkdir()
-    command.touch(0o755)
+    for command in ("capture-agent", "kill"):
+        place = tmp_path / "usr/bin" / command
+        place.parent.mkdir(exist_ok=True)
+        place.touch(0o755)
     return tmp_path
 
 

@@ -7,9 +7,11 @@ from typing import Protocol
 import msgspec
 import trio
 
+from agent.accept.handed import HandedClient, Totals
 from agent.accept.peer import Peer
 from agent.accept.putter import Offered, Outcome, Putter
 from agent.clock import Clock
+from agent.decode.ndjson import Unfinished
 from agent.events import Cut, Origin, Read, sample
 
 # After a smaller read of a client that waits for no answer, the reader lets some gather.
@@ -29,12 +31,13 @@ BLANK = b"\r\n\0"
 class Acknowledgements:
     """One connection's totals, and the refusals that it has not been told."""
 
-    def __init__(self) -> None:
-        self.lines = 0
-        self._accepted = 0
-        self._rejected = 0
-        self._refusals = bytearray()
-        self._told: tuple[int, int] | None = None
+    def __init__(self, before: Totals | None = None) -> None:
+        before = before or Totals()
+        self.lines = before.lines
+        self._accepted = before.accepted
+        self._rejected = before.rejected
+        self._refusals = bytearray(before.refusals)
+        self._told = before.told
         self._changed = trio.Event()
         self._ended = False
 
@@ -48,6 +51,16 @@ class Acknowledgements:
         self._rejected += len(outcome.refused)
         self._accepted += outcome.lines - len(outcome.refused)
         self._changed.set()
+
+    def totals(self) -> Totals:
+        """How it stands."""
+        return Totals(
+            lines=self.lines,
+            accepted=self._accepted,
+            rejected=self._rejected,
+            refusals=bytes(self._refusals),
+            told=self._told,
+        )
 
     def end(self) -> None:
         """Nothing more will be added."""
@@ -99,6 +112,8 @@ class Reader(Protocol):
     def refuse(self) -> None: ...
     def take_refused(self) -> bytes | None: ...
     def begin_anew(self) -> None: ...
+    def unfinished(self) -> Unfinished: ...
+    def resume(self, unfinished: Unfinished) -> None: ...
     def finish(self) -> bytes: ...
 
 
@@ -117,7 +132,9 @@ class Manner(Protocol):
 class Connection:
     """One client: its bytes become lines, its lines reads, and what became of them acknowledgements."""
 
-    def __init__(self, source: Manner, peer: Peer, origin: Origin | None = None) -> None:
+    def __init__(
+        self, source: Manner, peer: Peer, origin: Origin | None = None, handed: HandedClient | None = None
+    ) -> None:
         self._source = source
         self._peer = peer
         self._origin = origin
@@ -128,14 +145,28 @@ class Connection:
         self._asked = trio.Event()  # for acknowledgements, or the connection ended without
         self._first = True
         self._ended = False
+        self._reading = trio.CancelScope()
+        if handed is not None:
+            self._resume(handed)
+
+    def _resume(self, handed: HandedClient) -> None:
+        """Go on where the process before this one stopped."""
+        self._first = handed.first
+        self._reader.resume(handed.unfinished)
+        self._acks = None if handed.totals is None else Acknowledgements(handed.totals)
+        for read in handed.reads:
+            self._offered.append(self._source.putter.offer(read, urgent=True))
 
     async def run(self) -> None:
-        """Serve it to its end."""
+        """Serve it to its end, or until it is left."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._write_acknowledgements)
             nursery.start_soon(self._fold, nursery.cancel_scope)
             try:
-                await self._read()
+                with self._reading:
+                    await self._read()
+                if self.left:
+                    nursery.cancel_scope.cancel()
             finally:
                 self._source.partials.note(self, 0)
                 self._ended = True
@@ -145,6 +176,32 @@ class Connection:
     def stop(self) -> None:
         """Read what the client has sent to its end; it can send no more."""
         self._peer.stop()
+
+    def leave(self) -> None:
+        """Stop between two reads: another process goes on."""
+        self._reading.cancel()
+
+    @property
+    def left(self) -> bool:
+        """Whether it was left before its end."""
+        return self._reading.cancelled_caught
+
+    def handed(self, descriptor: int) -> HandedClient:
+        """What another process needs to go on with this client, once nothing more is put here."""
+        reads = []
+        for offered in self._offered:
+            if self._acks is not None:
+                self._acks.add(offered.outcome)
+            if not offered.settled.is_set():
+                reads.append(self._source.putter.withdraw(offered))
+        return HandedClient(
+            descriptor=descriptor,
+            first=self._first,
+            unfinished=self._reader.unfinished(),
+            totals=None if self._acks is None else self._acks.totals(),
+            unsent=self._peer.unsent,
+            reads=reads,
+        )
 
     async def _read(self) -> None:
         """Bytes to lines until the client ends, resets, or is stopped."""
@@ -240,8 +297,8 @@ class Connection:
         """Add up what became of the reads, whether or not the client listens."""
         while True:
             while self._offered:
+                await self._offered[0].settled.wait()
                 offered = self._offered.popleft()
-                await offered.settled.wait()
                 if self._acks is not None:
                     self._acks.add(offered.outcome)
             if self._ended:
@@ -258,11 +315,13 @@ class Connection:
             await self._asked.wait()
         if self._acks is None:
             return
-        while text := await self._acks.next():
-            try:
+        try:
+            if self._peer.unsent:  # the process before this one left an answer in the middle
+                await self._peer.send(b"")
+            while text := await self._acks.next():
                 await self._peer.send(text)
-            except trio.BrokenResourceError:
-                return
+        except trio.BrokenResourceError:
+            return
 
 
 def _asks(line: bytes) -> bool:

@@ -57,17 +57,22 @@ class DatagramSource:
         # Unlike its descriptor it is never used twice in a boot, and the same for whoever reads the socket.
         self._cookie = read_cookie(sock)
         self._drops = 0
+        self._leaving = False
         self.drops_known = self._cookie is not None and read_drops(sock) is not None
 
+    def leave(self) -> None:
+        """At the end leave the kernel's queue as it is, for another process."""
+        self._leaving = True
+
     async def run(self, stop: trio.Event) -> None:
-        """Read until `stop`, then drain the kernel's queue once."""
+        """Read until `stop`, then drain the kernel's queue once, or leave it."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._read)
             if self.drops_known:
                 nursery.start_soon(self._count_drops)
             await stop.wait()
             nursery.cancel_scope.cancel()
-        while await self._offer_drain():
+        while not self._leaving and await self._offer_drain():
             await self._putter.room()
         await self._count_new_drops()
 

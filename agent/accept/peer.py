@@ -37,13 +37,17 @@ class Peer(Protocol):
     def stop(self) -> None:
         """What was sent can be read to its end; nothing more is taken."""
 
+    @property
+    def unsent(self) -> bytes:
+        """What a cancelled `send` has left; the next one begins with it."""
+
 
 class PlainPeer:
     """A client in the clear."""
 
-    def __init__(self, sock: trio.socket.SocketType) -> None:
+    def __init__(self, sock: trio.socket.SocketType, unsent: bytes = b"") -> None:
         self._sock = sock
-        self._stream = trio.SocketStream(sock)
+        self.unsent = unsent
 
     async def ready(self) -> None:
         """See `Peer.ready`."""
@@ -55,7 +59,13 @@ class PlainPeer:
 
     async def send(self, text: bytes) -> None:
         """See `Peer.send`."""
-        await self._stream.send_all(text)
+        self.unsent += text
+        try:
+            while self.unsent:
+                sent = await self._sock.send(self.unsent)
+                self.unsent = self.unsent[sent:]
+        except OSError as error:
+            raise trio.BrokenResourceError from error
 
     def stop(self) -> None:
         """See `Peer.stop`."""
@@ -71,7 +81,7 @@ class TlsPeer(PlainPeer):
 
     def __init__(self, sock: trio.socket.SocketType, context: ssl.SSLContext) -> None:
         super().__init__(sock)
-        self._tls = trio.SSLStream(self._stream, context, server_side=True)
+        self._tls = trio.SSLStream(trio.SocketStream(sock), context, server_side=True)
         self._agreed = False
         self._got = b""
 

@@ -61,6 +61,11 @@ class Offered:
         self.lines -= lines
         return Read(read.lines[:size], read.at, origin=read.origin)
 
+    def restore(self, first: Read) -> None:
+        """Take back what `split` has taken off."""
+        self.read = self.read._replace(lines=first.lines + self.read.lines, at=first.at)
+        self.lines += count_byte(first.lines, b"\n")
+
     def add(self, outcome: Outcome) -> None:
         """What became of its next part."""
         before = self.outcome.lines
@@ -98,6 +103,7 @@ class Putter:
         self._held = 0
         self._urgent = False
         self._closing = False
+        self._leaving = False
         self._some = trio.Event()
         self._enough = trio.Event()
         self._room = trio.Event()
@@ -145,8 +151,21 @@ class Putter:
         self._some.set()
         self._enough.set()
 
+    def leave(self) -> None:
+        """Cancelled from now on, it keeps what it leaves for others to put: see `left` and `withdraw`."""
+        self._leaving = True
+
+    def left(self) -> list[Read]:
+        """What was offered and not put, in its order."""
+        return [offered.read for offered in self._offers]
+
+    def withdraw(self, offered: Offered) -> Read:
+        """What of it was not put, and now never will be here."""
+        self._offers.remove(offered)
+        return offered.read
+
     async def run(self) -> None:
-        """Put what is offered until closed. Cancelled, it books what it leaves."""
+        """Put what is offered until closed. Cancelled, it books what it leaves, unless told to keep it."""
         try:
             while self._offers or not self._closing:
                 if not self._offers:
@@ -155,7 +174,7 @@ class Putter:
                     continue
                 await self._put(await self._gather())
         finally:
-            if self._offers:
+            if self._offers and not self._leaving:
                 with trio.move_on_after(PARTING_SECONDS, shield=True):
                     await self._give_up()
 
@@ -195,6 +214,14 @@ class Putter:
             gathered.append(Part(offered, offered.split(offered.lines - lines), last=False))
             self._offers.appendleft(offered)
 
+    def _take_back(self, gathered: Sequence[Part]) -> None:
+        """What was gathered is offered again."""
+        for part in reversed(gathered):
+            if part.last:
+                self._offers.appendleft(part.offered)
+            else:  # the rest of it is still the first of the offers
+                part.offered.restore(part.read)
+
     async def _put(self, gathered: Sequence[Part]) -> None:
         """One put, from lines to books."""
         reads = [part.read for part in gathered]
@@ -204,7 +231,7 @@ class Putter:
             try:
                 taken = await self._buffer.put(decoded.chunks, decoded.tally)
             except trio.Cancelled:
-                self._offers.extendleft(Offered(read) for read in reversed(reads))
+                self._take_back(gathered)
                 raise
             if taken:
                 self.tap.show(decoded.chunks)

@@ -7,7 +7,7 @@ import socket
 import stat
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,6 +63,22 @@ def bind_unix(path: str, kind: socket.SocketKind, mode: int, group: str = "") ->
         raise
     sock.setblocking(False)
     return sock
+
+
+def take_unix(
+    found: socket.socket | None, path: str, kind: socket.SocketKind, mode: int, group: str = ""
+) -> socket.socket:
+    """The socket that is bound there already, with that file mode and group; else a new one."""
+    if found is None:
+        return bind_unix(path, kind, mode, group)
+    try:
+        if group:
+            os.chown(path, -1, _group_id(path, group))
+        os.chmod(path, mode)
+    except OSError as error:
+        found.close()
+        raise _cannot_bind(path, error) from error
+    return found
 
 
 def _clear_the_way(path: str, kind: socket.SocketKind) -> None:
@@ -148,17 +164,20 @@ def _cannot_bind(where: str, error: OSError) -> SocketError:
 
 @contextmanager
 def removed_at_the_end(sock: socket.socket, path: str) -> Iterator[socket.socket]:
-    """Close a Unix socket after the block and remove its file, if it is still the same one."""
+    """Close a Unix socket after the block and remove its file, if it is still the same one.
+
+    One that was detached meanwhile is somebody else's, and so is its file.
+    """
     made = os.lstat(path).st_ino
     try:
         yield sock
     finally:
-        sock.close()
-        try:
-            if os.lstat(path).st_ino == made:
-                os.unlink(path)
-        except OSError:  # somebody else removed it, or its folder is no longer ours: nothing to tidy
-            pass
+        if sock.fileno() >= 0:
+            sock.close()
+            # Somebody else may have removed it, or its folder is no longer ours: nothing to tidy.
+            with suppress(OSError):
+                if os.lstat(path).st_ino == made:
+                    os.unlink(path)
 
 
 def ask_buffer(sock: socket.socket, size: int) -> int:

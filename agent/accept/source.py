@@ -12,13 +12,14 @@ import trio
 
 from agent import __version__
 from agent.accept.datagram import DatagramSource
+from agent.accept.handed import HandedSource, place_of
 from agent.accept.inherit import inherit
 from agent.accept.late import LateHttp
 from agent.accept.peer import server_context, stay_awake
 from agent.accept.putter import Putter
 from agent.accept.rates import Rate, Rates
 from agent.accept.sender import Senders
-from agent.accept.sockets import Opened, address_of, ask_buffer, bind_address, bind_unix, removed_at_the_end
+from agent.accept.sockets import Opened, address_of, ask_buffer, bind_address, removed_at_the_end, take_unix
 from agent.accept.stream import StreamSource
 from agent.buffer import Buffer
 from agent.clock import Clock, zone
@@ -31,10 +32,14 @@ from agent.decode.ndjson import LineReader
 from agent.decode.objects import Json
 from agent.decode.syslog import Syslog
 from agent.shape import shape_of
-from agent.systemd import Passed
+from agent.systemd import NOTHING, Passed
 from agent.vouch import Door, Rules
 
 log = structlog.get_logger("accept")
+
+# A source that is left puts what it has read for so long: less than the agent's grace. What finds no room by
+# then is handed on.
+LEAVE_SECONDS = 1.0
 
 
 class Source:
@@ -51,8 +56,13 @@ class Source:
         buffer: Buffer,
         clock: Clock,
         projects: Sequence[Project] = (),
+        handed: HandedSource | None = None,
     ) -> None:
         self.settings = settings
+        self._sockets = sockets
+        self._handed = handed
+        self._leaving = False
+        self._patience = trio.CancelScope()
         self.granted = min((opened.granted for opened in sockets if opened.granted is not None), default=None)
         self.address = ", ".join(address_of(opened.sock) for opened in sockets)
         self.putter = Putter(settings.name, door_of(settings, project), buffer, _rates(settings))
@@ -76,6 +86,7 @@ class Source:
                 tls=_context_of(tcp) if tcp else None,
                 senders=senders,
                 allowed=allowed,
+                handed=() if handed is None else handed.clients,
             )
             self._readings = [streams]
         else:
@@ -124,14 +135,48 @@ class Source:
         """Whether the kernel tells how many datagrams it dropped."""
         return all(isinstance(one, DatagramSource) and one.drops_known for one in self._readings)
 
+    @property
+    def leaving(self) -> bool:
+        """Whether it leaves something; see `leave`."""
+        return self._leaving
+
+    def leave(self) -> None:
+        """At the end leave clients and datagrams as they are, for the process that replaces this one."""
+        self._leaving = True
+        self.putter.leave()
+        for one in self._readings:
+            if not isinstance(one, LateHttp):
+                one.leave()
+
     async def run(self, stop: trio.Event) -> None:
-        """Take events until `stop`, then what is still in the kernel's queue, and put all of it."""
+        """Take events until `stop`, then what is still in the kernel's queue, and put all of it.
+
+        Left, it takes no more from the kernel, and puts what it can in `LEAVE_SECONDS`.
+        """
+        for read in () if self._handed is None else self._handed.reads:
+            self.putter.offer(read)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self.putter.run)
+            nursery.start_soon(self._put)
             async with trio.open_nursery() as reading:
                 for one in self._readings:
                     reading.start_soon(one.run, stop)
             self.putter.close()
+            if self._leaving:
+                self._patience.deadline = trio.current_time() + LEAVE_SECONDS
+
+    async def _put(self) -> None:
+        with self._patience:
+            await self.putter.run()
+
+    def handed(self) -> HandedSource:
+        """What it leaves, once `run` has returned: nothing, unless it was told to leave."""
+        streams = [one for one in self._readings if isinstance(one, StreamSource)]
+        clients = [client for one in streams for client in one.handed()]
+        return HandedSource(place=place_of(self.settings), clients=clients, reads=self.putter.left())
+
+    def detach(self) -> list[int]:
+        """The descriptors of its sockets, which are no longer its own to close."""
+        return [opened.sock.detach() for opened in self._sockets]
 
 
 def door_of(settings: Settings, project: Project) -> Door:
@@ -216,7 +261,7 @@ def _context_of(settings: Tcp) -> ssl.SSLContext | None:
 def opened(settings: Settings, passed: Passed) -> Iterator[Sequence[Opened]]:
     """The source's sockets for a block: the ones that systemd passed for it, or one of its own."""
     if not settings.socket:
-        with bound(settings) as own:
+        with bound(settings, passed) as own:
             yield [own]
         return
     try_source(settings)
@@ -233,28 +278,25 @@ def opened(settings: Settings, passed: Passed) -> Iterator[Sequence[Opened]]:
 
 
 @contextmanager
-def bound(settings: Settings) -> Iterator[Opened]:
-    """A socket of the source's own for a block."""
+def bound(settings: Settings, passed: Passed = NOTHING) -> Iterator[Opened]:
+    """A socket of the source's own for a block, the one that it had before where the agent is replaced."""
     try_source(settings)
     with ExitStack() as stack:
+        sock = passed.take_own(place_of(settings))
         match settings:
             case UnixStream(path=path):
-                sock = bind_unix(path, socket.SOCK_STREAM, settings.mode, settings.group)
+                sock = take_unix(sock, path, socket.SOCK_STREAM, settings.mode, settings.group)
                 yield Opened(stack.enter_context(removed_at_the_end(sock, path)), None)
             case UnixDatagram(path=path):
-                sock = bind_unix(path, socket.SOCK_DGRAM, settings.mode, settings.group)
+                sock = take_unix(sock, path, socket.SOCK_DGRAM, settings.mode, settings.group)
                 stack.enter_context(removed_at_the_end(sock, path))
                 yield Opened(sock, ask_buffer(sock, settings.receive_buffer))
-            case Tcp(listen=listen):
-                sock = stack.enter_context(bind_address(listen, socket.SOCK_STREAM))
-                stay_awake(sock)
-                yield Opened(sock, None)
-            case Http(listen=listen):
-                sock = stack.enter_context(bind_address(listen, socket.SOCK_STREAM))
+            case Tcp(listen=listen) | Http(listen=listen):
+                sock = stack.enter_context(sock or bind_address(listen, socket.SOCK_STREAM))
                 stay_awake(sock)
                 yield Opened(sock, None)
             case Udp(listen=listen):
-                sock = stack.enter_context(bind_address(listen, socket.SOCK_DGRAM))
+                sock = stack.enter_context(sock or bind_address(listen, socket.SOCK_DGRAM))
                 granted = ask_buffer(sock, settings.receive_buffer)
                 _tell_small(settings, granted, f"sysctl -w net.core.rmem_max={settings.receive_buffer}")
                 yield Opened(sock, granted)

@@ -5,12 +5,14 @@ import socket
 import ssl
 from collections.abc import Callable, Container, Sequence
 from contextlib import suppress
+from functools import partial
 from math import inf
 
 import structlog
 import trio
 
 from agent.accept.connection import Connection, Partials, Reader
+from agent.accept.handed import HandedClient
 from agent.accept.peer import PlainPeer, TlsPeer
 from agent.accept.putter import Putter
 from agent.accept.sender import Senders, peer_of
@@ -44,8 +46,10 @@ class StreamSource:
         tls: ssl.SSLContext | None = None,
         senders: Senders | None = None,
         allowed: Container[int] = (),
+        handed: Sequence[HandedClient] = (),
     ) -> None:
         self._listeners = listeners
+        self._handed = handed
         self.putter = putter
         self.clock = clock
         self.reader = reader
@@ -59,13 +63,27 @@ class StreamSource:
         self._named: set[int | None] = set()
         self.partials = Partials()
         self.stopping = False
+        self._leaving = False
+        self._left: list[tuple[Connection, int]] = []
         self.connections: set[Connection] = set()
         self._places = trio.Semaphore(max_connections)
         self._partings = trio.CapacityLimiter(PARTINGS)
 
+    def leave(self) -> None:
+        """At the end leave connections as they are, for another process; see `handed`."""
+        self._leaving = True
+
+    def handed(self) -> list[HandedClient]:
+        """The connections that were left, once nothing more is put."""
+        return [connection.handed(descriptor) for connection, descriptor in self._left]
+
     async def run(self, stop: trio.Event) -> None:
-        """Serve connections until `stop`; then read each to its end."""
+        """Serve connections until `stop`; then read each to its end, or leave it."""
         async with trio.open_nursery() as serving:
+            for client in self._handed:
+                sock = trio.socket.from_stdlib_socket(socket.socket(fileno=client.descriptor))
+                placed = self._try_place()
+                serving.start_soon(partial(self._serve, sock, client, placed=placed))
             async with trio.open_nursery() as accepting:
 
                 def start(sock: trio.socket.SocketType) -> None:
@@ -77,9 +95,25 @@ class StreamSource:
                 self.stopping = True
                 accepting.cancel_scope.cancel()
             for connection in tuple(self.connections):
-                connection.stop()
+                self._end(connection)
 
-    async def _serve(self, sock: trio.socket.SocketType) -> None:
+    def _end(self, connection: Connection) -> None:
+        if self._leaving:
+            connection.leave()
+        else:
+            connection.stop()
+
+    def _try_place(self) -> bool:
+        """Whether there is a place left; who was served before is served without one too."""
+        try:
+            self._places.acquire_nowait()
+        except trio.WouldBlock:
+            return False
+        return True
+
+    async def _serve(
+        self, sock: trio.socket.SocketType, handed: HandedClient | None = None, *, placed: bool = True
+    ) -> None:
         with sock:
             stranger = None
             try:
@@ -89,23 +123,29 @@ class StreamSource:
                 if origin is not None and self._allowed and origin.uid not in self._allowed:
                     stranger = origin
                 else:
-                    await self._converse(sock, origin)
+                    await self._converse(sock, origin, handed)
             finally:
-                self._places.release()
+                if placed:
+                    self._places.release()
             if stranger is not None:  # who may not send here takes no place from those who may
                 await self._turn_away(sock, stranger)
 
-    async def _converse(self, sock: trio.socket.SocketType, origin: Origin | None) -> None:
+    async def _converse(
+        self, sock: trio.socket.SocketType, origin: Origin | None, handed: HandedClient | None
+    ) -> None:
         """Take what a client sends, to its end."""
-        peer = PlainPeer(sock) if self._tls is None else TlsPeer(sock, self._tls)
-        connection = Connection(self, peer, origin)
+        unsent = b"" if handed is None else handed.unsent
+        peer = PlainPeer(sock, unsent) if self._tls is None else TlsPeer(sock, self._tls)
+        connection = Connection(self, peer, origin, handed)
         self.connections.add(connection)
         if self.stopping:
-            connection.stop()
+            self._end(connection)
         try:
             await self._guard.keep(connection.run)
         finally:
             self.connections.discard(connection)
+        if connection.left:
+            self._left.append((connection, os.dup(sock.fileno())))
 
     async def _turn_away(self, sock: trio.socket.SocketType, origin: Origin) -> None:
         """A user who may not send here is told so, where there is somebody to read it."""

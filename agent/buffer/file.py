@@ -38,10 +38,18 @@ SETTLE_BYTES = 4 * MIB
 
 
 class Ownership:
-    """The lock beside the database; who holds it owns the buffer. Closing it gives it up."""
+    """The lock beside the database; who holds it owns the buffer. Closing it gives it up.
 
-    def __init__(self, database: Path) -> None:
+    `held` is the descriptor by which the process that this one replaces holds it already.
+    """
+
+    def __init__(self, database: Path, held: int | None = None) -> None:
         self.path = database.with_name(database.name + ".lock")
+        if held is not None:
+            if _is_open_as(held, self.path):
+                self._fd = held
+                return
+            os.close(held)
         try:
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except OSError as error:
@@ -58,9 +66,21 @@ class Ownership:
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
 
+    def share(self) -> int:
+        """A descriptor by which the lock is held beyond `close`."""
+        return os.dup(self._fd)
+
     def close(self) -> None:
         """Give the buffer up."""
         os.close(self._fd)
+
+
+def _is_open_as(descriptor: int, path: Path) -> bool:
+    """Whether a descriptor is that of a file that still has this name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except OSError:
+        return False
 
 
 def cannot_write(path: Path, error: OSError) -> AgentError:

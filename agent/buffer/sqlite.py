@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator, Container, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from math import inf
-from pathlib import Path
 from typing import IO
 
 import structlog
@@ -70,6 +69,10 @@ class SqliteBuffer(Desk):
     def clocks(self) -> Mapping[str, int]:
         """See `Buffer.clocks`."""
         return self._store.notes.clocks
+
+    def share_lock(self) -> int:
+        """A descriptor by which the file stays ours when it is closed."""
+        return self._store.ownership.share()
 
     def close_door(self) -> None:
         """From now on a put that finds no room is given up, counted as shed by the shutdown."""
@@ -252,19 +255,17 @@ def _advice(error: sqlite3.Error) -> str:
 
 
 @asynccontextmanager
-async def open_sqlite(settings: config.Buffer, metrics: Metrics) -> AsyncIterator[SqliteBuffer]:
-    """The buffer for as long as the block lasts. Raises `BufferBroken` when its file cannot be used."""
-    path = Path(settings.path)
+async def open_sqlite(
+    settings: config.Buffer, metrics: Metrics, lock: int | None = None
+) -> AsyncIterator[SqliteBuffer]:
+    """The buffer for as long as the block lasts. Raises `BufferBroken` when its file cannot be used.
+
+    `lock` is where the process that this one replaces holds it.
+    """
     try:
-        store = Store(
-            path,
-            max_size=settings.max_size,
-            when_full=settings.when_full,
-            max_age=settings.max_age,
-            full=settings.durability == "full",
-        )
+        store = Store(settings, lock)
     except sqlite3.Error as error:
-        raise BufferBroken(f"{path}: {error}", _advice(error)) from error
+        raise BufferBroken(f"{settings.path}: {error}", _advice(error)) from error
     buffer = SqliteBuffer(store, settings, metrics)
     serving = trio.CancelScope(shield=True)
     try:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from agent import config
 from agent.buffer import (
     Books,
     Entry,
@@ -44,17 +45,17 @@ from agent.events import Chunk, label_of
 class Store:
     """The database of one buffer, open. Its attributes show what is committed."""
 
-    def __init__(self, path: Path, *, max_size: int, when_full: str, max_age: float, full: bool) -> None:
-        self.path = path
-        self.room = Room.of(max_size)
-        self.max_size = max_size
-        self._when_full = when_full
-        self._max_age = int(max_age * 1_000_000)
-        self._ownership = Ownership(path)
+    def __init__(self, settings: config.Buffer, lock: int | None = None) -> None:
+        self.path = path = Path(settings.path)
+        self.room = Room.of(settings.max_size)
+        self.max_size = settings.max_size
+        self._when_full = settings.when_full
+        self._max_age = int(settings.max_age * 1_000_000)
+        self.ownership = Ownership(path, lock)
         try:
-            self._connection = connect(path, full=full, room=self.room)
+            self._connection = connect(path, full=settings.durability == "full", room=self.room)
         except BaseException:
-            self._ownership.close()
+            self.ownership.close()
             raise
         self.lanes = Lanes()
         self._leases: set[Lease] = set()  # neither settled nor released
@@ -87,7 +88,7 @@ class Store:
             self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         finally:
             self._connection.close()
-            self._ownership.close()
+            self.ownership.close()
 
     def disk_bytes(self) -> int:
         """The bytes of all files on disk."""

@@ -11,23 +11,40 @@ def command(config_file: str | None) -> None:
     """Run the agent in the foreground; logs go to stderr.
 
     Without --config: /etc/capture-agent/config.toml if it exists, else built-in defaults with
-    CAPTURE_AGENT_API_KEY and CAPTURE_AGENT_HOST from the environment.
+    CAPTURE_AGENT_API_KEY and CAPTURE_AGENT_HOST from the environment. SIGHUP has it read its configuration
+    anew, without losing an event or a connection.
     """
     import os
+    from functools import partial
 
     import trio
 
     from agent import logs, notify, systemd
     from agent.app import Agent, run_until_signalled
-    from agent.cli.options import load_config, plainly
+    from agent.cli.options import load_config, plainly, read_config
     from agent.cli.places import make_folders
+    from agent.handover import found
+    from agent.reload import check_command, replace_process
 
+    handed = found(os.environ)
     config = load_config(config_file)
     withheld = logs.set_up(config.log.level, config.log.format, os.environ)
     with plainly():
         passed = systemd.passed(os.environ)
+        if handed is not None:
+            passed = systemd.Passed(handed.passed, systemd.NOT_PASSED, handed.own)
         make_folders(config)
+        agent = Agent(
+            config,
+            passed,
+            notify.notices(os.environ),
+            handed=handed,
+            reread=partial(read_config, config_file),
+            check=check_command(config_file),
+        )
         try:
-            trio.run(run_until_signalled, Agent(config, passed, notify.notices(os.environ)))
+            trio.run(partial(run_until_signalled, agent, hangs_up=os.isatty(0) or os.isatty(2)))
         finally:
             withheld.close()
+        if agent.handover is not None:
+            replace_process(agent.handover)

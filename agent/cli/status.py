@@ -55,6 +55,8 @@ def _show(document: Document) -> None:
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else PIPE_WIDTH)
     state = f"{document['state']}, up {format_age(document['uptime_seconds'])}, process {document['pid']}"
     console.print(f"[bold]capture-agent {document['version']}[/] {state}")
+    if (reload := document["reload"]) and reload["refused"]:
+        console.print(f"[red]the reload at {reload['at']} was refused:[/] {escape(reload['error'])}")
     console.print(_sources(document["sources"]))
     for line in buffer_lines(document["buffer"]):
         console.print(line)

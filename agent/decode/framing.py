@@ -2,7 +2,7 @@
 
 import re
 
-from agent.decode.ndjson import LineReader
+from agent.decode.ndjson import LineReader, Unfinished
 from agent.events import SAMPLE_BYTES
 
 # MSG-LEN SP (RFC 6587, 3.4.1). Nine digits are more than any frame; what some senders put between two frames
@@ -132,6 +132,21 @@ class FrameReader:
         """After a line by itself: what comes next tells its framing anew. After a frame nothing changes."""
         if not self._counted:
             self._counted = None
+
+    def unfinished(self) -> Unfinished:
+        """What is held now."""
+        if self._counted is False:
+            return self._lines.unfinished()
+        return Unfinished(b"".join(self._parts), self._skipping, self._due, self._counted)
+
+    def resume(self, unfinished: Unfinished) -> None:
+        """Go on where another reader stopped."""
+        self._counted = unfinished.counted
+        if self._counted is False:
+            self._lines.resume(unfinished)
+            return
+        self._skipping, self._due = unfinished.skipping, unfinished.due
+        self._hold(unfinished.held)
 
     def finish(self) -> bytes:
         """The last frame or line, which did not come to its end; empty where there is none."""

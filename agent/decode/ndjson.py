@@ -1,6 +1,7 @@
 """Frames NDJSON: cuts a byte stream into whole lines, however the network cut it, in bounded memory."""
 
 from itertools import islice
+from typing import NamedTuple
 
 from agent.events import SAMPLE_BYTES
 
@@ -21,6 +22,19 @@ def first_lines(blob: bytes, count: int) -> bytes:
     full = (place for place, line in enumerate(lines) if line and not line.isspace())
     end = next(islice(full, count, None))
     return b"\n".join((*lines[:end], b""))
+
+
+class Unfinished(NamedTuple):
+    """What a reader holds between two reads: with it another reader goes on where this one stopped.
+
+    `skipping` is more than 0 while the rest of what was refused is skipped. Of counted frames it is how many
+    bytes, and `due` how many the unfinished one has; `counted` is None while the framing is not known.
+    """
+
+    held: bytes
+    skipping: int = 0
+    due: int = 0
+    counted: bool | None = False
 
 
 class LineReader:
@@ -88,6 +102,15 @@ class LineReader:
 
     def begin_anew(self) -> None:
         """What comes next may be framed in another way: lines are not."""
+
+    def unfinished(self) -> Unfinished:
+        """What is held now."""
+        return Unfinished(b"".join(self._partial), int(self._skipping))
+
+    def resume(self, unfinished: Unfinished) -> None:
+        """Go on where another reader stopped."""
+        self._hold(unfinished.held)
+        self._skipping = unfinished.skipping > 0
 
     def finish(self) -> bytes:
         """The last line, which no newline ended; empty where there is none."""

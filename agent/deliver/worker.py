@@ -74,7 +74,7 @@ class Delivery:
         self._recorded = trio.Event()
         self._idle: trio.CancelScope | None = None
         self._drained = trio.Event()
-        self._draining = False
+        self._draining = self._ending = False
         self._ended = 0
         self._asked: dict[Lease, float] = {}  # since when each request is under way
         self._largest = self._settings.max_batch_size
@@ -108,9 +108,9 @@ class Delivery:
             for _ in range(self._settings.concurrency):
                 nursery.start_soon(self._work)
 
-    def drain(self) -> None:
-        """Wait for no company any more, and end when there is nothing to deliver."""
-        self._draining = True
+    def drain(self, *, begin: bool = True) -> None:
+        """Wait for no company any more, and end when there is nothing to deliver, or none is to `begin`."""
+        self._draining, self._ending = True, not begin
         self._wake()
         self._drained.set()
         self._look_again()
@@ -146,7 +146,7 @@ class Delivery:
         async with self._turn:
             while True:
                 await self._something_waits()
-                if not await self._may_ask():
+                if not await self._may_ask() or self._ending:
                     return None
                 now = trio.current_time()
                 lease = await self._buffer.take(self._limits(now), self.project.name, self.keys.closed(now))

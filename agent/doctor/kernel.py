@@ -60,7 +60,7 @@ def _dropped(source: Mapping[str, Any]) -> int:
 
 def _enlarge(source: Udp) -> str:
     setting = f"net.core.rmem_max={source.receive_buffer}"
-    return f"sysctl -w {setting}, keep it in /etc/sysctl.d, and restart the agent"
+    return f"sysctl -w {setting}, keep it in /etc/sysctl.d, and reload the agent"
 
 
 def _to_be_granted(source: Udp, rmem_max: int | None) -> Finding:

@@ -36,7 +36,7 @@ ADVICE: dict[str, Advice] = {
         "PostHog refuses the key (401 or 403)",
         "Compare api_key with the key in the project's settings in PostHog: it begins with phc_, and a"
         " personal key (phx_) does not do. Check that host is the region in which the project lives. Then"
-        " restart the agent.",
+        " reload the agent.",
     ),
     "billing": Advice(
         "PostHog takes no more events for want of payment (402)",
@@ -46,7 +46,7 @@ ADVICE: dict[str, Advice] = {
     "host": Advice(
         "what answers at host is not PostHog's capture (a redirect, a 404, a web page)",
         "Compare host with PostHog's addresses (https://us.i.posthog.com, https://eu.i.posthog.com, or your"
-        " own), and look for a proxy or a sign-in page of the network between. Then restart the agent if host"
+        " own), and look for a proxy or a sign-in page of the network between. Then reload the agent if host"
         " was wrong; otherwise it goes on by itself.",
     ),
     "breaker": Advice(
@@ -78,6 +78,9 @@ def concerns(document: Document) -> list[Concern]:
     found = [*_of_buffer(document["buffer"])]
     if document["state"] != "running":
         found.append(Concern("warn", f"The agent is {document['state']}", "", "", "It takes no new events."))
+    if (reload := document.get("reload")) and reload["refused"]:
+        todo = "It goes on as it was. Mend what `capture-agent check` says, and reload again."
+        found.append(Concern("warn", "The last reload was refused", "", f"at {reload['at']}", todo))
     for project in document["projects"]:
         found += _of_project(project)
     return sorted(found, key=lambda concern: concern.level != "bad")

@@ -213,18 +213,6 @@ async def test_clients_leave_descriptors_for_delivery(tmp_path: Path) -> None:
         assert "raise it: LimitNOFILE=" in agent.log()
 
 
-async def test_a_closed_terminal_is_a_stop_in_order(tmp_path: Path) -> None:
-    """SIGHUP loses nothing that was sent."""
-    async with serving(Sink()) as url, running(configure(tmp_path, url)) as agent:
-        with socket.socket(socket.AF_UNIX) as client:
-            client.connect(agent.stream)
-            client.sendall(line() * 100)
-            agent.send(signal.SIGHUP)
-            assert await agent.process.wait() == 0
-    with sqlite3.connect(tmp_path / "buffer.db") as database:
-        assert database.execute("SELECT total FROM books WHERE joint = 'received'").fetchone() == (100,)
-
-
 async def test_a_second_agent_is_told(tmp_path: Path) -> None:
     """The sockets and the buffer of a living agent are its own: a second one says so and exits."""
     async with serving(Sink()) as url:

@@ -1,0 +1,187 @@
+"""Replaces the agent by a new one with a new configuration, or a new version, and loses nothing on the way.
+
+Whatever can fail is tried while the agent still works: a process of the installed version reads the
+configuration, and sockets that it has more are opened. Then the agent leaves what it has under way, and the
+process replaces itself.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from socket import SOCK_STREAM, socket
+from typing import NamedTuple, NoReturn
+
+import trio
+
+from agent import AgentError
+from agent.accept.handed import place_of
+from agent.accept.sockets import bind_address, bind_unix, removed_at_the_end
+from agent.accept.source import Source, bound
+from agent.config import Admin, Config, ConfigError
+from agent.handover import VARIABLE, Handover, left
+from agent.source_checks import ADMIN_SOCKET
+from agent.systemd import Bound, Passed
+
+# To read a configuration and look up certificates takes half a second; a busy host may take many times that.
+CHECK_SECONDS = 60.0
+# Of what the check said, for logs and pages: a screen.
+TOLD_CHARACTERS = 2000
+
+ADMIN_MODE = 0o660
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+class ReloadRefused(AgentError):
+    """The agent cannot be replaced now; it goes on as it is."""
+
+
+class Plan(NamedTuple):
+    """What the next agent will have: its settings, and sockets that are opened for it already."""
+
+    config: Config
+    opened: Sequence[tuple[Bound, int]]
+
+    @property
+    def places(self) -> frozenset[Bound]:
+        """Where it will listen."""
+        return frozenset((*map(place_of, self.config.sources), *admin_places(self.config.admin)))
+
+    def close(self) -> None:
+        """It will not come to that."""
+        for place, descriptor in self.opened:
+            os.close(descriptor)
+            if place.kind.startswith("unix"):
+                os.unlink(place.place)
+
+
+def admin_places(admin: Admin) -> list[Bound]:
+    """Where the pages are, but for sockets of systemd's."""
+    places = [Bound("unix stream", admin.socket)] if admin.socket else []
+    return [*places, Bound("tcp", admin.listen)] if admin.listen else places
+
+
+async def planned(config: Config, passed: Passed, reread: Callable[[], Config], check: Sequence[str]) -> Plan:
+    """Try everything that can fail. Raises `AgentError`, and then nothing has changed.
+
+    `reread` gives the new configuration as this version reads it, and the command `check` as the installed
+    one does, which is the judge.
+    """
+    if config.buffer.kind == "memory":
+        raise ReloadRefused(
+            "the buffer is in memory, and a reload would lose it", "restart the agent instead"
+        )
+    await _checked(check)
+    try:
+        new = await trio.to_thread.run_sync(reread)
+    except ConfigError:  # it is for a newer version, which will open for itself what it has more
+        return Plan(config, ())
+    if new.buffer.kind == "memory":
+        raise ReloadRefused("a buffer in memory cannot take over", "restart the agent instead")
+    return Plan(new, _open_new(config, new, passed))
+
+
+async def _checked(check: Sequence[str]) -> None:
+    """Have the version that is installed now read the configuration. Raises `ReloadRefused`."""
+    try:
+        with trio.fail_after(CHECK_SECONDS):
+            done = await trio.run_process(
+                check, stdin=subprocess.DEVNULL, capture_stdout=True, capture_stderr=True, check=False
+            )
+    except OSError as error:
+        hint = "is the agent still installed where it was started from?"
+        raise ReloadRefused(f"{check[0]}: {error.strerror}", hint) from error
+    except trio.TooSlowError:
+        hint = "is the host very busy? run `capture-agent check` by hand"
+        raise ReloadRefused(f"the check took longer than {CHECK_SECONDS:.0f} s", hint) from None
+    if done.returncode:
+        told = done.stderr.decode(errors="replace").strip()[-TOLD_CHARACTERS:]
+        raise ReloadRefused(told or f"the check ended with {done.returncode}", "mend it, and reload again")
+
+
+def _open_new(old: Config, new: Config, passed: Passed) -> list[tuple[Bound, int]]:
+    """Open what the new configuration has more. Raises `AgentError`."""
+    having = [*map(place_of, old.sources), *admin_places(old.admin)]
+    with ExitStack() as stack:
+        made: list[tuple[Bound, socket]] = []
+        for settings in new.sources:
+            place = place_of(settings)
+            if settings.socket:
+                passed.expect(settings.socket, f"source {settings.name}")
+            elif place in having:
+                having.remove(place)
+            else:
+                made.append((place, stack.enter_context(bound(settings)).sock))
+        for place in admin_places(new.admin):
+            if place in having:
+                having.remove(place)
+            elif place.kind == "tcp":
+                made.append((place, stack.enter_context(bind_address(place.place, SOCK_STREAM))))
+            elif not passed.knows(ADMIN_SOCKET):
+                sock = bind_unix(place.place, SOCK_STREAM, ADMIN_MODE)
+                made.append((place, stack.enter_context(removed_at_the_end(sock, place.place))))
+        return [(place, sock.detach()) for place, sock in made]
+
+
+def handover_of(
+    plan: Plan,
+    at: int,
+    sources: Iterable[Source],
+    pages: Iterable[tuple[socket, Bound]],
+    passed: Passed,
+    lock: int | None,
+) -> Handover:
+    """Everything that an agent has left when it has stopped; descriptors are no longer its own to close."""
+    named = passed.rest()
+    own = list(plan.opened)
+    handed = []
+    for source in sources:
+        place = place_of(source.settings)
+        if source.leaving:
+            handed.append(source.handed())
+        if source.settings.socket:
+            named[source.settings.socket] = source.detach()
+        elif place in plan.places:
+            own += [(place, descriptor) for descriptor in source.detach()]
+    for sock, place in pages:
+        if place.kind == "systemd":
+            named[place.place] = [*named.get(place.place, ()), sock.detach()]
+        elif place in plan.places:
+            own.append((place, sock.detach()))
+    return Handover(at=at, passed=named, own=own, sources=handed, lock=lock)
+
+
+def check_command(config_file: str | None) -> list[str]:
+    """`check`, started as this process was."""
+    program = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv) + 1]
+    return [sys.executable, *program, "check", *(() if config_file is None else ("--config", config_file))]
+
+
+def hold_signals(before: Iterable[int]) -> None:
+    """From now on signals wait for the process that replaces this one; `before` are those that came."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    ours = threading.get_ident()
+    for number in SIGNALS:
+        # A worker thread may take it in our stead; what is sent to a thread that blocks it waits.
+        signal.signal(number, lambda number, _frame: signal.pthread_kill(ours, number))
+    for came in before:
+        signal.pthread_kill(ours, came)
+
+
+def take_signals() -> None:
+    """What was held comes now; ask for it when it is known what to do with it."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def replace_process(handover: Handover) -> NoReturn:
+    """Become the next agent. Raises `AgentError` where the program has gone since the check."""
+    environment = {**os.environ, VARIABLE: left(handover)}
+    command = [sys.executable, *sys.orig_argv[1:]]
+    try:
+        os.execve(command[0], command, environment)  # noqa: S606  # no shell is wanted, only another program
+    except OSError as error:
+        hint = "start the agent again; what was acknowledged is in its buffer"
+        raise AgentError(f"{command[0]}: cannot be started any more: {error.strerror}", hint) from error
