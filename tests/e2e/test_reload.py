@@ -154,12 +154,12 @@ async def test_a_bad_configuration_changes_nothing(tmp_path: Path) -> None:
                 told = await said.until("STATUS", "reload refused")
                 assert told["READY"] == "1"
                 assert "delivery.linger" in agent.log()
-                assert "was refused: " in run("status", "--config", str(config)).stdout
                 with socket.socket(socket.AF_UNIX) as client:
                     client.connect(agent.stream)
                     client.sendall(line())
                 await agent.until(delivered=1)
                 changed(config, 'linger = "soon"\nlinge = 1', 'linger = "10 ms"')
+                assert "was refused: " in run("status", "--config", str(config)).stdout
                 status = await reloaded(agent)
                 assert status["reload"]["error"] is None
                 await said.until("RELOADING")
