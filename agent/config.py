@@ -194,7 +194,7 @@ class Http(Common, frozen=True, kw_only=True, tag_field="kind", tag="http"):
     keys: Literal["any", "configured"] = "any"
     # What PostHog takes in one request (`rust/capture/src/router.rs`); unpacked, it may be no larger here.
     max_body: Size = 20 * MIB
-    # Requests at once; more are told to come again.
+    # Clients at once; more wait to be accepted.
     max_connections: int = 1000
     # Networks of the proxies whose word on a client's address is taken. Nobody's: anybody can say anything.
     trusted_proxies: tuple[str, ...] = ()

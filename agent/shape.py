@@ -205,6 +205,11 @@ class Shape:
                 kept.setdefault(new, properties[old])
         return kept
 
+    def shown(self, name: str, text: str) -> str:
+        """What events show of a property that they are given beside their own."""
+        properties: dict[str, object] = {name: text}
+        return str(properties[name]) if self._hiding.hide(properties, self._hiding.patterns) else REDACTED
+
     def why(self, event: str, distinct_id: str) -> str:
         """Which setting leaves out a person's event of this name, for people; empty where none does."""
         if glob := self._drop.which(event):

@@ -22,6 +22,7 @@ from sources import Taken, http, origins, taking, tcp
 from agent.accept import http as source
 from agent.accept.whence import Whence, is_near
 from agent.buffer import Limits
+from agent.config import Secret
 from agent.deliver.cargo import together
 from agent.events import HISTORICAL, Origin
 from agent.sink import Sink, serving
@@ -241,6 +242,33 @@ async def test_a_client_s_address(trusted: Sequence[str], forwarded: str, found:
         assert told[0] is not None
         named = {name: json.loads(bytes(raw)) for name, raw in told[0].defaults.items()}
         assert named == ({"$ip": found} if found else {"$geoip_disable": True})
+
+
+@pytest.mark.parametrize(
+    ("hiding", "shown"),
+    [({"redact": ("@ip",)}, None), ({"redact": ("$ip",)}, None), ({"hash": ("$ip",)}, "hash")],
+)
+async def test_an_address_that_is_to_be_hidden(hiding: dict[str, Any], shown: str | None) -> None:
+    """What the door adds is hidden like what came, and then PostHog is not to look up this host's place."""
+    settings = http(trusted_proxies=("127.0.0.1",), hash_key=Secret("k" * 16), **hiding)
+    async with taking(settings) as taken, client(taken) as sdk:
+        await sdk.post("/batch/", content=batch(event()), headers={"x-forwarded-for": "8.8.8.8"})
+        (one,) = await taken.events(1)
+        assert one["properties"]["$geoip_disable"] is True
+        assert "8.8.8.8" not in json.dumps(one)
+        assert ("$ip" in one["properties"]) == (shown is not None)
+
+
+async def test_a_rate_takes_a_batch_or_leaves_it() -> None:
+    """An SDK throws a whole batch away on a 200: one that is not wholly taken comes again, and is counted."""
+    async with taking(http(max_events_per_second=10, burst=10)) as taken, client(taken) as sdk:
+        assert (await sdk.post("/batch/", content=batch(*map(event, range(8))))).status_code == 200
+        answer = await sdk.post("/batch/", content=batch(*map(event, range(8))))
+        assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
+        await trio.sleep(1)
+        assert (await sdk.post("/batch/", content=batch(*map(event, range(30))))).status_code == 200
+        await taken.events(38)
+        assert (taken.total("accepted"), taken.total("rejected", "rate_limited")) == (38, 8)
 
 
 @pytest.mark.parametrize("blank", [None, ""])

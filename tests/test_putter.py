@@ -3,11 +3,13 @@
 import time
 from collections.abc import Sequence
 
+import msgspec
+import pytest
 import trio
 from sources import line
 
 from agent import config
-from agent.accept.putter import Putter
+from agent.accept.putter import MOST_LINES, Putter
 from agent.buffer import Entry
 from agent.buffer.memory import open_memory
 from agent.clock import Clock
@@ -16,6 +18,16 @@ from agent.decode.objects import Json
 from agent.envelope import Flaws
 from agent.events import CHUNK_BYTES, Cut, Read
 from agent.vouch import Door, Rules
+
+RULES = Rules(
+    source="app",
+    project="default",
+    properties={},
+    distinct_id="",
+    max_event=CHUNK_BYTES,
+    max_batch_events=1000,
+    max_batch_size=CHUNK_BYTES,
+)
 
 
 class Slow(Json):
@@ -26,21 +38,43 @@ class Slow(Json):
         return super().decode(reads, flaws)
 
 
+class Counting(Json):
+    """Tells how many lines each put had."""
+
+    def __init__(self, max_event: int) -> None:
+        super().__init__(max_event)
+        self.lines: list[int] = []
+
+    def decode(self, reads: Sequence[Read], flaws: Flaws) -> Lines:
+        decoded = super().decode(reads, flaws)
+        self.lines.append(sum(decoded.lines))
+        return decoded
+
+
+@pytest.mark.parametrize("even", [1, 7, 464, 1000])
+async def test_short_lines_do_not_hold_others_up(even: int) -> None:
+    """A put has a bound in lines too, however many a read has; each is told of in its read."""
+    rules = msgspec.structs.replace(RULES, max_batch_events=even)
+    form = Counting(CHUNK_BYTES)
+    async with open_memory(config.Buffer(path="/memory", kind="memory")) as buffer:
+        putter = Putter("app", Door(rules, form), buffer)
+        count = 3 * MOST_LINES + 7
+        first = putter.offer(Read(b"x\n" * count, Clock().now()))
+        second = putter.offer(Read(line(1) + b"x\n" * 3, Clock().now()))
+        putter.close()
+        await putter.run()
+        assert max(form.lines) <= MOST_LINES
+        assert (first.outcome.lines, len(first.outcome.refused)) == (count, count)
+        assert [at for at, _ in second.outcome.refused] == [1, 2, 3]
+        assert buffer.books()[Entry("received", "app", "")] == count + 4
+
+
 async def test_what_a_stop_left_no_time_for_is_booked() -> None:
     """A putter that is cut short counts the lines that it was offered and did not put."""
-    rules = Rules(
-        source="app",
-        project="default",
-        properties={},
-        distinct_id="",
-        max_event=CHUNK_BYTES,
-        max_batch_events=1000,
-        max_batch_size=CHUNK_BYTES,
-    )
     settings = config.Buffer(path="/memory", kind="memory")
     large = line(1, pad="x" * (CHUNK_BYTES - 1000))
     async with open_memory(settings) as buffer:
-        putter = Putter("app", Door(rules, Slow(CHUNK_BYTES)), buffer)
+        putter = Putter("app", Door(RULES, Slow(CHUNK_BYTES)), buffer)
         for _ in range(7):
             putter.offer(Read(large, Clock().now()))
         putter.offer(Read(b"\n" + line(2), Clock().now(), Cut("truncated", "")))

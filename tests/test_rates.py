@@ -17,6 +17,18 @@ def test_a_burst_and_then_the_rate() -> None:
     assert rates.admit(None, 100, 200.0) == 20
 
 
+def test_all_of_them_or_none() -> None:
+    """Who cannot take a part asks for all: more than a burst come after a silence, the next wait for it."""
+    rates = Rates(Rate(10, 20), NONE, 0.0)
+    assert rates.admit_all(None, 15, 0.0)
+    assert not rates.admit_all(None, 15, 0.0)
+    assert rates.admit(None, 15, 0.0) == 5
+    assert rates.admit_all(None, 50, 10.0)
+    assert rates.admit(None, 5, 11.0) == 0
+    assert not rates.admit_all(None, 20, 14.9)
+    assert rates.admit_all(None, 20, 15.1)
+
+
 def test_each_user_has_its_own() -> None:
     """One who floods takes nothing from another."""
     rates = Rates(NONE, Rate(10, 10), 0.0)

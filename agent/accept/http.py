@@ -26,6 +26,8 @@ from agent.decode import capture, capture_v1
 from agent.decode.request import JSON, Answer, Posted, Request, Trouble
 from agent.events import CHUNK_EVENTS, Denied, Instant, Origin, Read
 from agent.httpd import Message, Receive, Send
+from agent.patterns import REDACTED
+from agent.shape import shape_of
 
 # A whole body has so long to arrive: the largest at 3 Mbit/s.
 BODY_SECONDS = 60.0
@@ -56,10 +58,11 @@ class Dialect(NamedTuple):
     read: Callable[[Request], Posted | Answer]
     trouble: Callable[[Trouble], Answer]
     answer: Callable[[Posted, Mapping[int, str]], Answer]
+    whole: bool  # its answer is one for all events, so that a rate lets in all of them or none
 
 
-V0 = Dialect(("GET", "POST", "OPTIONS"), capture.read_request, capture.trouble, capture.answer)
-V1 = Dialect(("POST",), capture_v1.read_request, capture_v1.trouble, capture_v1.answer)
+V0 = Dialect(("GET", "POST", "OPTIONS"), capture.read_request, capture.trouble, capture.answer, whole=True)
+V1 = Dialect(("POST",), capture_v1.read_request, capture_v1.trouble, capture_v1.answer, whole=False)
 DIALECTS = {
     path + end: dialect
     for dialect, paths in ((V0, capture.PATHS), (V1, capture_v1.PATHS))
@@ -88,6 +91,7 @@ class HttpSource:
         self._names = {
             project.api_key.reveal(): project.name for project in projects if project.api_key is not None
         }
+        self._shape = shape_of(settings)
         self._whence = Whence(settings.trusted_proxies)
         self._origin_of = lru_cache(ORIGINS_KEPT)(self._make_origin)
         self._bodies = _Room(max(BODIES_BYTES, 2 * settings.max_body))
@@ -185,8 +189,11 @@ class HttpSource:
             )
             if origin is None:
                 return dialect.trouble("unknown_key")._replace(events=posted.events)
+            if dialect.whole and not self._putter.admits(posted.events):
+                return dialect.trouble("rate_limited")._replace(events=posted.events, reason="rate_limited")
             reads = _pieces(posted.lines, now, origin)
-            refused = await self._put(reads) if share.hold(len(posted.lines)) else None
+            held = share.hold(len(posted.lines))
+            refused = await self._put(reads, admitted=dialect.whole) if held else None
             return dialect.trouble("busy") if refused is None else dialect.answer(posted, refused)
         finally:
             share.hold(0)
@@ -228,7 +235,7 @@ class HttpSource:
                 return found
         return await trio.to_thread.run_sync(dialect.read, request, limiter=self._unpacking)
 
-    async def _put(self, reads: Iterable[Read]) -> Mapping[int, str] | None:
+    async def _put(self, reads: Iterable[Read], *, admitted: bool = True) -> Mapping[int, str] | None:
         """Which lines the door refused, and why, once the others are in the buffer; None if they are not."""
         offered: list[Offered] = []
         with trio.move_on_after(PATIENCE_SECONDS):
@@ -237,7 +244,7 @@ class HttpSource:
                 self._stuck = None
             for read in reads:
                 await self._putter.room()
-                offered.append(self._putter.offer(read, urgent=True))
+                offered.append(self._putter.offer(read, urgent=True, admitted=admitted))
                 if read.denied is not None:  # it takes no room, so that nothing else holds the next one back
                     await offered[-1].settled.wait()
             refused: dict[int, str] = {}
@@ -265,9 +272,12 @@ class HttpSource:
         if name is None and self._settings.keys == "configured":
             return None
         defaults = {property_name: Raw(_encode(text)) for property_name, text in told}
-        if not is_near(address):
-            defaults["$ip"] = Raw(_encode(str(address)))
-        elif not placed:
+        shown = came = str(address)
+        if self._shape is not None:
+            shown = self._shape.shown("$ip", came)
+        if not is_near(address) and shown != REDACTED:
+            defaults["$ip"] = Raw(_encode(shown))
+        if not placed and (is_near(address) or shown != came):  # else PostHog would take this host's
             defaults["$geoip_disable"] = Raw(b"true")
         return Origin(
             defaults,

@@ -25,6 +25,8 @@ QUEUE_BYTES = 8 * CHUNK_BYTES
 ENOUGH_BYTES = 256 * 1024
 # What one put takes: more in one go would only hold more memory and the loop for longer.
 MOST_BYTES = CHUNK_BYTES
+# And in lines, each of which may be a refusal: a few µs each, so that others wait for some 50 ms at most.
+MOST_LINES = 16 * CHUNK_EVENTS
 # How long a put waits for company where nothing was promised yet.
 COMPANY_SECONDS = 0.05
 # The last refusals, for `status`.
@@ -99,6 +101,7 @@ class Putter:
         self._buffer = buffer
         self._rates = rates
         self._even = min(door.rules.max_batch_events, CHUNK_EVENTS)
+        self._most = max(1, MOST_LINES // self._even)
         self._offers: deque[Offered] = deque()
         self._held = 0
         self._urgent = False
@@ -120,9 +123,16 @@ class Putter:
             while self._held >= QUEUE_BYTES:
                 await self._room.wait()
 
-    def offer(self, read: Read, *, urgent: bool = False) -> Offered:
-        """Hand a read over; `urgent` where a client waits for the answer. Ask for `room` before reading."""
-        offered = Offered(self._within(self._rates, read) if self._rates else read)
+    def admits(self, events: int) -> bool:
+        """Whether a request of so many events may come now, all of it; then they are counted as come."""
+        return self._rates is None or self._rates.admit_all(None, events, trio.current_time())
+
+    def offer(self, read: Read, *, urgent: bool = False, admitted: bool = False) -> Offered:
+        """Hand a read over; ask for `room` before reading.
+
+        It is `urgent` where a client waits for the answer, `admitted` where `admits` was asked.
+        """
+        offered = Offered(self._within(self._rates, read) if self._rates and not admitted else read)
         self._offers.append(offered)
         self._held += len(offered.read.lines)
         self._urgent = self._urgent or urgent
@@ -197,8 +207,10 @@ class Putter:
             gathered.append(Part(offered, offered.read, last=True))
             size += len(offered.read.lines)
             lines += offered.lines
+            if lines > MOST_LINES:
+                break
         if lines > self._even:
-            self._give_back(gathered, lines % self._even)
+            self._give_back(gathered, max(lines % self._even, lines - self._even * self._most))
         if not self._offers:
             self._urgent = False
         return gathered

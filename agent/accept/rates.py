@@ -22,6 +22,11 @@ class Bucket:
         self._level = rate.burst
         self._at = now
 
+    @property
+    def burst(self) -> int:
+        """How many come at once after a silence."""
+        return int(self._rate.burst)
+
     def level(self, now: float) -> int:
         """How many may come."""
         self._level = min(self._rate.burst, self._level + max(0.0, now - self._at) * self._rate.per_second)
@@ -43,13 +48,24 @@ class Rates:
 
     def admit(self, uid: int | None, events: int, now: float) -> int:
         """How many of a user's events may come now (s); they are counted as come."""
-        buckets = [self._source] if self._source else []
-        if self._user.per_second:
-            buckets.append(self._of(uid, now))
-        admitted = min([events, *(bucket.level(now) for bucket in buckets)])
+        buckets = self._buckets(uid, now)
+        admitted = max(0, min([events, *(bucket.level(now) for bucket in buckets)]))
         for bucket in buckets:
             bucket.take(admitted)
         return admitted
+
+    def admit_all(self, uid: int | None, events: int, now: float) -> bool:
+        """Whether all of these events may come now (s); more than a burst come at the cost of the next."""
+        buckets = self._buckets(uid, now)
+        if any(bucket.level(now) < min(events, bucket.burst) for bucket in buckets):
+            return False
+        for bucket in buckets:
+            bucket.take(events)
+        return True
+
+    def _buckets(self, uid: int | None, now: float) -> list[Bucket]:
+        buckets = [self._source] if self._source else []
+        return [*buckets, self._of(uid, now)] if self._user.per_second else buckets
 
     def _of(self, uid: int | None, now: float) -> Bucket:
         bucket = self._users.pop(uid, None) or Bucket(self._user, now)
