@@ -25,8 +25,8 @@ QUEUE_BYTES = 8 * CHUNK_BYTES
 ENOUGH_BYTES = 256 * 1024
 # What one put takes: more in one go would only hold more memory and the loop for longer.
 MOST_BYTES = CHUNK_BYTES
-# And in lines, each of which may be a refusal: a few µs each, so that others wait for some 50 ms at most.
-MOST_LINES = 16 * CHUNK_EVENTS
+# And in lines, each of which may be a refusal, of 10 µs: so others wait for 40 ms at most.
+MOST_LINES = 4 * CHUNK_EVENTS
 # How long a put waits for company where nothing was promised yet.
 COMPANY_SECONDS = 0.05
 # The last refusals, for `status`.
