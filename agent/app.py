@@ -175,7 +175,9 @@ class Agent:
                 for source in self.sources:
                     accepting.start_soon(source.run, self.stop)
                 places = [f"{source.settings.name} at {source.address}" for source in self.sources]
-                log.info("ready", sources=", ".join(places), buffer=self.config.buffer.path)
+                kept = self.config.buffer
+                where = kept.path if kept.kind == "sqlite" else kept.kind
+                log.info("ready", sources=", ".join(places), buffer=where)
                 self.ready.set()
                 watching.start_soon(pulse.run)
                 self._outside = outside = await self._load_outside(buffer, timekeeper)
