@@ -26,6 +26,7 @@ from agent.buffer.schema import first_tables
 from agent.buffer.sqlite import SqliteBuffer, open_sqlite
 from agent.events import GIVEN, LONG
 from agent.metrics import Metrics
+from agent.pack import crc32, deflate
 
 
 @asynccontextmanager
@@ -60,7 +61,9 @@ async def test_what_was_put_is_there_after_a_reopening(tmp_path: Path) -> None:
 async def test_an_older_file_is_brought_forward(tmp_path: Path) -> None:
     """What a former version wrote is read by this one; of its chunks nothing is assumed."""
     path = tmp_path / "b.db"
-    old = chunk(1)
+    data = b"{}" + b",{}" * 9
+    packed = {"size": len(data), "crc": crc32(data), "packed": deflate(data)}
+    old = msgspec.structs.replace(chunk(1), **packed)  # it has no seal, so it is opened
     with sqlite3.connect(path) as database:
         database.execute("PRAGMA auto_vacuum = INCREMENTAL")
         first_tables(Database(database))
@@ -112,6 +115,9 @@ async def test_what_is_not_ours_is_refused(tmp_path: Path) -> None:
         pass
     with sqlite3.connect(newer) as database:
         database.execute("PRAGMA user_version = 99")
+        database.execute(
+            "INSERT INTO _sqlite_migrations (migration_set, name) VALUES ('capture-agent', 'later')"
+        )
     database.close()
     with sqlite3.connect(other) as database:
         database.execute("CREATE TABLE theirs (x)")
@@ -120,7 +126,7 @@ async def test_what_is_not_ours_is_refused(tmp_path: Path) -> None:
     for path, said in (
         (newer, "newer capture-agent"),
         (other, "another program's"),
-        (text, "not a database"),
+        (text, "not a database of"),
         (tmp_path / "no" / "b.db", "does not exist"),
     ):
         before = path.read_bytes() if path.exists() else None

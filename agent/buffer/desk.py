@@ -62,6 +62,7 @@ class Group:
         self.full = False  # puts were left out, as nothing has made room since the last try
         self.settled = False
         self.error = ""
+        self.damage = ""
         self.seconds = 0.0
 
 

@@ -3,11 +3,14 @@
 import sqlite3
 from collections.abc import Container, Iterator
 
+from agent.buffer.file import Damage
 from agent.buffer.lanes import Lane, Queue, Stranger
 
-SIZE_BY_ID = "SELECT id, events, size FROM chunk WHERE id = ?"
-SIZES_BEYOND_CURSOR = """SELECT id, events, size FROM chunk
-    WHERE project = ? AND key IS ? AND id > ? ORDER BY id LIMIT ?"""
+# Cast, as a damaged row holds anything; whether it is one is looked at when it is read whole.
+SIZE_BY_ID = """SELECT id, ifnull(CAST(events AS INTEGER), 0), ifnull(CAST(size AS INTEGER), 0) FROM chunk
+    WHERE id = ?"""
+SIZES_BEYOND_CURSOR = """SELECT id, ifnull(CAST(events AS INTEGER), 0), ifnull(CAST(size AS INTEGER), 0)
+    FROM chunk WHERE project = ? AND key IS ? AND id > ? ORDER BY id LIMIT ?"""
 NEXT_KEY = "SELECT key FROM chunk WHERE project = ? AND key > ? ORDER BY key LIMIT 1"
 COUNT_LANE = "SELECT count(*), max(id), sum(events) FROM chunk WHERE project = ? AND key = ?"
 
@@ -24,12 +27,18 @@ class LaneRows:
         none = True
         for ident in queue.offer(most):
             none = False
-            yield self._run(SIZE_BY_ID, (ident,)).fetchone()
+            yield self._size(ident)
         for row in self._run(SIZES_BEYOND_CURSOR, (*lane, queue.cursor, most)):
             none = False
             yield row
         for ident in queue.offer_all(most) if none else ():
-            yield self._run(SIZE_BY_ID, (ident,)).fetchone()
+            yield self._size(ident)
+
+    def _size(self, ident: int) -> tuple[int, int, int]:
+        row: tuple[int, int, int] | None = self._run(SIZE_BY_ID, (ident,)).fetchone()
+        if row is None:
+            raise Damage("a chunk is not in its table any more")
+        return row
 
     def next_stranger(self, project: str, known: Container[str | None]) -> Stranger | None:
         """The next key without a lane, in the order of keys and around; None where each has one."""
