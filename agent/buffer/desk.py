@@ -28,6 +28,7 @@ class Errand(msgspec.Struct, eq=False):
 
     work: Callable[[Store], None]
     error: str = ""
+    done: bool = False
 
 
 R = TypeVar("R")

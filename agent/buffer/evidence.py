@@ -51,12 +51,21 @@ def trim(path: Path, most: int) -> None:
     files = kept(path)
     while len(files) > 1 and sum(map(disk_bytes, files)) > most:
         forget(files.pop(0))
-    if files and disk_bytes(files[0]) > most:
-        log_of(files[0]).unlink(missing_ok=True)
-        os.truncate(files[0], min(most, files[0].stat().st_size))
-        log.warning(
-            "of a damaged buffer only the beginning was kept as evidence", file=str(files[0]), bytes=most
-        )
+    if not files or disk_bytes(files[0]) <= most:
+        return
+    if most <= 0:
+        forget(files[0])
+        return
+    log_of(files[0]).unlink(missing_ok=True)
+    os.truncate(files[0], min(most, files[0].stat().st_size))
+    log.warning("of a damaged buffer only the beginning is kept as evidence", file=str(files[0]), bytes=most)
+
+
+def make_room(path: Path, most: int) -> None:
+    """Let the oldest go, all if need be, until the others take at most `most` bytes."""
+    files = kept(path)
+    while files and sum(map(disk_bytes, files)) > most:
+        forget(files.pop(0))
 
 
 def forget(file: Path) -> None:

@@ -5,13 +5,13 @@ import fcntl
 import os
 import sqlite3
 import stat
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from agent import AgentError
-from agent.buffer import BufferBroken, BufferBusy
+from agent.buffer import BufferBroken, BufferBusy, evidence
 
 # "PHca" in ASCII: tells our databases from every other program's (SQLite's application_id).
 APPLICATION_ID = 0x50486361
@@ -31,13 +31,16 @@ class Room(NamedTuple):
     data: int  # live pages, beyond which `put` finds no room
     group: int  # the most that one transaction adds
     wal: int  # where the log is checkpointed
+    reserve: int  # what is kept for `settle` on a disk that others may fill
 
     @classmethod
     def of(cls, max_size: int) -> "Room":
         """Shares of the whole: small enough for 16 MiB, and no larger than they need be for 1 GiB."""
         wal = min(max(max_size // 32, MIB), 16 * MIB)
         group = min(max(max_size // 16, MIB), 8 * MIB)
-        return cls(max_size - 2 * wal - 2 * group - SETTLE_BYTES, group, wal)
+        # The log is at most so long, and the database grows at most by it.
+        reserve = wal + group
+        return cls(max_size - reserve - wal - 2 * group - SETTLE_BYTES, group, wal, reserve)
 
 
 # What `put` never uses, so that `settle` can always write.
@@ -72,6 +75,11 @@ def is_damage(error: sqlite3.Error) -> bool:
     if code is None:
         return isinstance(error, Damage)
     return code & 0xFF not in _OUTSIDE or code == sqlite3.SQLITE_IOERR_CORRUPTFS
+
+
+def is_full(error: sqlite3.Error) -> bool:
+    """Whether the disk has no room, by SQLite's word."""
+    return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
 
 
 class Ownership:
@@ -169,6 +177,26 @@ def put_log_back(path: Path) -> None:
         os.rename(f"{path}-wal.kept", f"{path}-wal")
 
 
+def look_first(path: Path) -> bool:
+    """Refuse what is not the agent's own before SQLite writes anything; whether it is surely the agent's.
+
+    Raises `Damage` where SQLite would say nothing, or something else.
+    """
+    with open(path, "rb", buffering=0) as file:
+        header = file.read(100)
+    ours = False
+    # The file alone, as it lies there: its log may be another's.
+    uri = f"{path.absolute().as_uri()}?immutable=1"
+    with suppress(sqlite3.Error), closing(sqlite3.connect(uri, uri=True)) as still:
+        if header:
+            _refuse_strangers(still, path)
+            ours = _tables(still) >= TABLES
+    # A version of the format that nobody knows makes the file read-only for SQLite.
+    if header[18:19] > b"\x02":
+        raise Damage("the header is of a later version of SQLite's format")
+    return ours
+
+
 def make(path: Path) -> None:
     """Have the file there, empty where it is new, and sure that it is one and may be written."""
     try:
@@ -244,9 +272,9 @@ def _configure(connection: sqlite3.Connection, *, full: bool, room: Room) -> Non
 
 
 def disk_bytes(path: Path) -> int:
-    """The bytes of all the buffer's files on disk."""
-    total = 0
-    for name in ("", "-wal", "-shm"):
+    """The bytes of all the buffer's files on disk: the database, its log, the reserve, evidence of damage."""
+    total = sum(map(evidence.disk_bytes, evidence.kept(path)))
+    for name in ("", "-wal", "-shm", ".reserve", ".new", ".new-wal"):
         try:
             total += os.stat(f"{path}{name}").st_size
         except FileNotFoundError:

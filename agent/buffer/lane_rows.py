@@ -1,8 +1,9 @@
 """The lanes' rows: which of them may be leased, and which key of a crowd is the next."""
 
 import sqlite3
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 
+from agent.buffer import Limits
 from agent.buffer.file import Damage
 from agent.buffer.lanes import Lane, Queue, Stranger
 
@@ -22,7 +23,21 @@ class LaneRows:
         self._run = connection.execute
         self._last: dict[str, str] = {}  # of each project, the key of its crowd that was found last
 
-    def candidates(self, lane: Lane, queue: Queue, most: int) -> Iterator[tuple[int, int, int]]:
+    def oldest(self, turns: Iterable[tuple[Lane, Queue]], limits: Limits) -> tuple[Lane, list[int]] | None:
+        """The chunks that are next, at least one, and whose they are."""
+        for lane, queue in turns:
+            ids: list[int] = []
+            events = size = 0
+            for ident, more_events, more_size in self._candidates(lane, queue, limits.events):
+                events, size = events + more_events, size + more_size
+                if ids and (events > limits.events or size > limits.size):
+                    break
+                ids.append(ident)
+            if ids:
+                return lane, ids
+        return None
+
+    def _candidates(self, lane: Lane, queue: Queue, most: int) -> Iterator[tuple[int, int, int]]:
         """The lane's chunks that may be leased, those that came back first: id, events, size."""
         none = True
         for ident in queue.offer(most):

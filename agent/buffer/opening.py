@@ -10,16 +10,31 @@ from typing import NamedTuple
 from agent.buffer import Books, Entry, Lease
 from agent.buffer.balance import balance
 from agent.buffer.evidence import log_of
-from agent.buffer.file import Damage, Room, close_beside_log, connect, is_damage, make, put_log_back
+from agent.buffer.file import (
+    Damage,
+    Room,
+    close_beside_log,
+    connect,
+    is_damage,
+    look_first,
+    make,
+    put_log_back,
+)
 from agent.buffer.letters import Letters
 from agent.buffer.log import Log
 from agent.buffer.notes import Notes
-from agent.buffer.rescue import rescue, unfinished
+from agent.buffer.pages import HEADER_BYTES, page_bytes_of
+from agent.buffer.rescue import refuse_strangers, rescue, unfinished
 from agent.buffer.rows import COUNT_LANES
 
 BOOKS = "SELECT joint, label, reason, total FROM books"
+# The way to the oldest and to the newest chunk is whole.
+ENDS = (
+    "SELECT (SELECT size FROM chunk ORDER BY id LIMIT 1), (SELECT size FROM chunk ORDER BY id DESC LIMIT 1)"
+)
 # Beyond it an INSERT would find no id: no buffer ever comes so far.
-NEWEST_ID = "SELECT ifnull(max(seq), 0) FROM sqlite_sequence"
+NEWEST_ID = """SELECT max(ifnull((SELECT max(seq) FROM sqlite_sequence), 0),
+    ifnull((SELECT max(id) FROM chunk), 0), ifnull((SELECT max(id) FROM dead), 0))"""
 MOST_IDS = 2**62
 
 
@@ -63,9 +78,12 @@ def reopened(
 def _opened(path: Path, *, max_size: int, full: bool) -> Found:
     make(path)
     put_log_back(path)
-    if not path.stat().st_size and _commits(path):
-        raise Damage("the database is empty, and its log is not")
+    ours = look_first(path)
     logged = _commits(path)
+    if logged and not ours:
+        refuse_strangers(path)
+    if logged and not path.stat().st_size:
+        raise Damage("the database is empty, and its log is not")
     connection = connect(path, full=full, room=Room.of(max_size))
     try:
         if logged:
@@ -77,8 +95,14 @@ def _opened(path: Path, *, max_size: int, full: bool) -> Found:
 
 
 def _commits(path: Path) -> list[int]:
+    """Behind how many frames of the log commits are. Raises `Damage` where it is another database's log."""
     with suppress(OSError), open(log_of(path), "rb", buffering=0) as file:
-        return Log(file.fileno()).commits()
+        log = Log(file.fileno())
+        with open(path, "rb", buffering=0) as database:
+            said = page_bytes_of(database.read(HEADER_BYTES))
+        if log.sound and said not in (None, log.page_bytes):
+            raise Damage("the log is another database's")
+        return log.commits()
     return []
 
 
@@ -119,6 +143,7 @@ def _look(connection: sqlite3.Connection, max_size: int) -> Found:
     letters = Letters(connection, max_size)
     if not balance(books, sum(events for *_, events, _ in lanes), letters.count):
         raise Damage("the books do not balance")
+    connection.execute(ENDS).fetchone()
     if connection.execute(NEWEST_ID).fetchone()[0] > MOST_IDS:
         raise Damage("no id is left")
     return Found(connection, books, lanes, letters, Notes(connection))

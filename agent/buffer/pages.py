@@ -40,6 +40,12 @@ class Sheet(NamedTuple):
     whole: bool
 
 
+def page_bytes_of(header: bytes) -> int | None:
+    """How large a database's pages are, where its header can be read."""
+    said = int.from_bytes(header[16:18], "big")
+    return said if is_page_size(said) and header.startswith(b"SQLite format 3\0") else None
+
+
 class Pages:
     """The pages of a database, with what its log has of them."""
 
@@ -51,10 +57,10 @@ class Pages:
             self._open = stack.pop_all()
         self.log = Log(self._log.fileno()) if self._log is not None else None
         header = self._read(self._file.fileno(), 0, HEADER_BYTES)
-        said = int.from_bytes(header[16:18], "big")
-        if self.log is not None and self.log.sound:
-            said = self.log.page_bytes
-        self.page_bytes = said if is_page_size(said) else PAGE_BYTES
+        said = page_bytes_of(header)
+        if self.log is not None and self.log.sound and said != self.log.page_bytes:
+            said, self.log = (self.log.page_bytes, self.log) if said is None else (said, None)
+        self.page_bytes = said or PAGE_BYTES
         self._frames: dict[int, int] = {}
         self.count = -(-os.fstat(self._file.fileno()).st_size // self.page_bytes)
         for frame in self.log.committed() if self.log is not None else ():

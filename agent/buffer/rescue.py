@@ -19,6 +19,7 @@ from agent.buffer import Books, Lease
 from agent.buffer import evidence as kept
 from agent.buffer.file import APPLICATION_ID, Room, another_programs, connect, is_damage, make, sync_folder
 from agent.buffer.pages import HEADER_BYTES, Pages
+from agent.buffer.reserve import Reserve
 from agent.buffer.salvage import Salvage, is_ours
 
 log = structlog.get_logger("buffer")
@@ -52,10 +53,11 @@ def rescue(
     started = time.perf_counter()
     new, room = unfinished(path), Room.of(max_size)
     if not new.exists():
-        _refuse_strangers(path)
+        refuse_strangers(path)
         make(new)
         sync_folder(path)
     old = _set_aside(path)
+    Reserve(path, room.reserve).give_up()  # it is made again where there is room
     with closing(_begun(new, full=full, room=room)) as connection:
         # What does not fit into its share beside the new database is given back as it is carried over.
         salvage, larger = Salvage(connection), old.stat().st_size > max_size // kept.SHARE
@@ -86,10 +88,11 @@ def rescue(
         evidence=str(old),
         hint="look for the disk's errors (dmesg); remove the evidence when nobody needs it",
     )
-    kept.trim(path, max_size // kept.SHARE)
+    kept.trim(path, min(max_size // kept.SHARE, room.data - path.stat().st_size))
 
 
-def _refuse_strangers(path: Path) -> None:
+def refuse_strangers(path: Path) -> None:
+    """Raises `BufferBroken` where neither the file nor its log has anything that only the agent writes."""
     with open(path, "rb") as file:
         head = file.read(HEADER_BYTES)
         left = file.read(LOOKED_AT)

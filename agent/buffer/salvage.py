@@ -73,7 +73,11 @@ def is_ours(row: Row) -> bool:
     """Whether only a database of this program has such a row."""
     if len(row.values) == 3 and row.values[0] == "capture-agent" and row.values[1] in MIGRATIONS:
         return True
-    return row.values[:2] == ("index", "chunk_lane") or chunk_in(row) is not None
+    return row.values[:2] in _OURS or chunk_in(row) is not None
+
+
+# In the schema.
+_OURS = (("index", "chunk_lane"), ("table", "_sqlite_migrations"))
 
 
 class Salvage:

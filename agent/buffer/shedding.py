@@ -2,8 +2,9 @@
 
 import sqlite3
 from collections.abc import Iterator
+from pathlib import Path
 
-from agent.buffer import Entry, Shed
+from agent.buffer import Entry, Shed, evidence
 from agent.buffer.file import PAGE_BYTES, Damage, Room
 from agent.buffer.lanes import Lane, Lanes
 from agent.buffer.rows import DELETE_CHUNK, INDEXED, OLDEST, ROW_BYTES, Change
@@ -14,17 +15,29 @@ class Shedding:
     """Lets chunks go that are not on lease; who calls it holds a transaction open."""
 
     def __init__(
-        self, connection: sqlite3.Connection, lanes: Lanes, room: Room, *, drop_oldest: bool, max_age: int
+        self,
+        path: Path,
+        connection: sqlite3.Connection,
+        lanes: Lanes,
+        room: Room,
+        *,
+        drop_oldest: bool,
+        max_age: int,
     ) -> None:
+        self._path = path
         self._connection = connection
         self._lanes = lanes
         self._room = room
         self._drop_oldest = drop_oldest
         self._max_age = max_age
+        self._evidence = bool(evidence.kept(path))
 
     def make_room(self, size: int, change: Change) -> bool:
         """Whether so many bytes fit, if need be by shedding the oldest chunks that are not on lease."""
         missing = size - self.free()
+        if self._evidence:
+            evidence.make_room(self._path, max(0, -missing))
+            self._evidence = bool(evidence.kept(self._path))
         if missing <= 0:
             return True
         if not self._drop_oldest:
@@ -55,6 +68,8 @@ class Shedding:
             raise Damage("a chunk is not in its index")
         events, size = row
         self._connection.execute(DELETE_CHUNK, (ident,))
+        if self._connection.execute(INDEXED, (*lane, ident)).fetchone() is not None:
+            raise Damage("a chunk is not what its index says")
         change.books[Entry("shed", label_of(*lane), why)] += events
         change.events -= events
         change.bytes -= size

@@ -20,7 +20,7 @@ import trio
 from agent import config
 from agent.buffer import NOBODY, Books, BufferBroken, BufferBusy, Stats
 from agent.buffer.desk import Asked, Desk, Group, ring
-from agent.buffer.file import is_damage
+from agent.buffer.file import Damage, is_damage, is_full
 from agent.buffer.rows import Settlement
 from agent.buffer.store import Store
 from agent.buffer.waiting import Waiting
@@ -35,6 +35,8 @@ EXPIRY_SECONDS = 1.0
 # Quiet for so long, the file gives free pages back, in steps of 1 MiB, so that a sudden put hardly waits.
 IDLE_SECONDS = 5.0
 IDLE_PAGES = 64
+
+NO_RESERVE = "the disk is full: what deliveries need of it is kept for them"
 
 
 class SqliteBuffer(Desk):
@@ -116,6 +118,8 @@ class SqliteBuffer(Desk):
         if group.damage:
             self._takings = [asked for asked in group.takings if asked.what.lease is None] + self._takings
             group.takings = [asked for asked in group.takings if asked.what.lease is not None]
+            self._errands = [asked for asked in group.errands if not asked.what.done] + self._errands
+            group.errands = [asked for asked in group.errands if asked.what.done]
             self._bell.set()
         elif group.deposits or group.settlements:
             self._tell_trouble(group.error)
@@ -168,16 +172,20 @@ class SqliteBuffer(Desk):
         started = time.perf_counter()
         settlements = [asked.what for asked in group.settlements]
         deposits = [asked.what for asked in group.deposits]
+        if deposits and not self._store.reserve.hold():
+            group.error, deposits = NO_RESERVE, []
         try:
             if settlements or deposits or self._settings.max_age:
                 self._store.commit(settlements, deposits, now=now, closing=closing)
             group.settled = True
         except sqlite3.Error as error:
-            if is_damage(error):
-                raise
+            if is_damage(error) or (not self.trouble and self._store.is_torn(error)):
+                raise Damage(str(error)) from error
             group.error = str(error)
             if settlements:
                 self._settle_alone(group, settlements, now)
+        if (settlements or group.deposits) and not self._store.reserve.held:
+            self._store.give_back_room()
         group.seconds = time.perf_counter() - started
         for lease in group.releases:
             self._store.release(lease.what)
@@ -187,20 +195,26 @@ class SqliteBuffer(Desk):
             try:
                 errand.what.work(self._store)
             except sqlite3.Error as error:
-                errand.what.error = str(error)
                 if is_damage(error):
                     raise
+                errand.what.error = str(error)
+            errand.what.done = True
         self._store.welcome()
 
     def _settle_alone(self, group: Group, settlements: Sequence[Settlement], now: int) -> None:
         """Deliveries must go on when there is no room for what comes in: they are what makes room."""
-        try:
-            self._store.commit(settlements, (), now=now, closing=False)
-            group.settled = True
-        except sqlite3.Error as error:
-            if is_damage(error):
-                raise
-            group.error = str(error)
+        for last in (False, True):
+            try:
+                self._store.commit(settlements, (), now=now, closing=False)
+                group.settled = True
+            except sqlite3.Error as error:
+                if is_damage(error):
+                    raise
+                group.error = str(error)
+                if is_full(error) and not last:
+                    self._store.reserve.give_up()
+                    continue
+            return
 
     def _show(self) -> None:
         """What is committed becomes visible."""

@@ -7,19 +7,14 @@ from pathlib import Path
 
 import structlog
 
-from agent.buffer import (
-    Entry,
-    Lease,
-    Replayed,
-    revived,
-    too_old_at,
-)
+from agent.buffer import Entry, Lease, Replayed, revived, too_old_at
 from agent.buffer.copies import Copies
 from agent.buffer.entries import entries_put, entries_settle
-from agent.buffer.file import Ownership, Room, close_beside_log, disk_bytes
+from agent.buffer.file import Damage, Ownership, Room, close_beside_log, disk_bytes
 from agent.buffer.lane_rows import LaneRows
 from agent.buffer.lanes import Lane, Lanes
 from agent.buffer.opening import Found, opened, reopened
+from agent.buffer.reserve import Reserve
 from agent.buffer.rows import (
     CHUNK_BY_ID,
     DELETE_CHUNK,
@@ -39,6 +34,7 @@ from agent.buffer.rows import (
     seal_of,
 )
 from agent.buffer.shedding import Shedding
+from agent.buffer.space import give_back_room, is_torn
 from agent.events import Chunk
 
 log = structlog.get_logger("buffer")
@@ -54,10 +50,12 @@ class Store:
         self._when_full = when_full
         self._max_age = int(max_age * 1_000_000)
         self._full = full
+        self.reserve = Reserve(path, self.room.reserve)
         self._leases: set[Lease] = set()  # neither settled nor released
         self._ownership = Ownership(path)
         try:
             self._load(opened(path, max_size=max_size, full=full))
+            self.reserve.hold()
         except BaseException:
             self._ownership.close()
             raise
@@ -83,6 +81,7 @@ class Store:
             events = sum(chunk.events for lease in leases for chunk in lease.chunks)
             self.lanes.recall(lane, ids, events, [ident for ident in before if ident not in ids])
         self._shedding = Shedding(
+            self.path,
             self._connection,
             self.lanes,
             self.room,
@@ -201,10 +200,9 @@ class Store:
 
     def take(self, taking: Taking) -> None:
         """Lease the oldest chunks of one of the project's lanes; writes nothing, but where one is damaged."""
-        while (found := self._oldest(taking)) is not None:
+        while found := self._rows.oldest(self.lanes.turns(taking.project, taking.without), taking.limits):
             lane, ids = found
-            rows = [self._connection.execute(CHUNK_BY_ID, (ident,)).fetchone() for ident in ids]
-            chunks = [None if row is None else chunk_of(lane, row) for row in rows]
+            chunks = [self._chunk(lane, ident) for ident in ids]
             if None in chunks:
                 self._shed_damaged(
                     lane, [ident for ident, one in zip(ids, chunks, strict=True) if one is None]
@@ -217,19 +215,11 @@ class Store:
             self._leases.add(taking.lease)
             return
 
-    def _oldest(self, taking: Taking) -> tuple[Lane, list[int]] | None:
-        """The chunks that are next, at least one, and whose they are."""
-        for lane, queue in self.lanes.turns(taking.project, taking.without):
-            ids: list[int] = []
-            events = size = 0
-            for ident, more_events, more_size in self._rows.candidates(lane, queue, taking.limits.events):
-                events, size = events + more_events, size + more_size
-                if ids and (events > taking.limits.events or size > taking.limits.size):
-                    break
-                ids.append(ident)
-            if ids:
-                return lane, ids
-        return None
+    def _chunk(self, lane: Lane, ident: int) -> Chunk | None:
+        row = self._connection.execute(CHUNK_BY_ID, (ident,)).fetchone()
+        if row is None:
+            raise Damage("a chunk of the index is not in the table")
+        return chunk_of(lane, row)
 
     def _shed_damaged(self, lane: Lane, ids: Sequence[int]) -> None:
         """Let chunks go that are not as they were written; the index knows how many events they had."""
@@ -348,3 +338,12 @@ class Store:
             self.free_pages = 0  # none to give back until the next commit has looked
             return
         self._look_around()
+
+    def give_back_room(self) -> None:
+        """Let a full disk have what is free in the files, until it has room for the reserve again."""
+        give_back_room(self._connection, self.reserve, self.room)
+        self._look_around()
+
+    def is_torn(self, error: sqlite3.Error) -> bool:
+        """Whether a full disk is said where the file is damaged."""
+        return is_torn(self._connection, self.path, self.room, error)
