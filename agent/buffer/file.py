@@ -100,8 +100,9 @@ class Ownership:
                 f"{database}: another agent owns this buffer (process {owner})",
                 "stop that agent, or give this one a buffer.path of its own",
             ) from error
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+        with suppress(OSError):  # who has it is only told; a full disk must not keep it from anybody
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
 
     def close(self) -> None:
         """Give the buffer up."""

@@ -184,7 +184,7 @@ class SqliteBuffer(Desk):
             group.error = str(error)
             if settlements:
                 self._settle_alone(group, settlements, now)
-        if (settlements or group.deposits) and not self._store.reserve.held:
+        if (settlements or group.deposits) and (group.error or not self._store.reserve.held):
             self._store.give_back_room()
         group.seconds = time.perf_counter() - started
         for lease in group.releases:

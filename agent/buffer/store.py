@@ -341,7 +341,7 @@ class Store:
 
     def give_back_room(self) -> None:
         """Let a full disk have what is free in the files, until it has room for the reserve again."""
-        give_back_room(self._connection, self.reserve, self.room)
+        give_back_room(self._connection, self.path, self.reserve, self.room)
         self._look_around()
 
     def is_torn(self, error: sqlite3.Error) -> bool:
