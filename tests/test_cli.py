@@ -130,7 +130,7 @@ def test_check_tells_every_mistake_at_once(tmp_path: Path) -> None:
         ('[admin]\nsocket = "/sys/kernel/a"', 1, "no permission"),
         ('[buffer]\npath = "{folder}/newer.db"', 1, "written by a newer capture-agent (schema 99"),
         ('[buffer]\npath = "{folder}/other.db"', 1, "this is another program's SQLite database"),
-        ('[buffer]\npath = "{folder}/text.db"', 1, "file is not a database"),
+        ('[buffer]\npath = "{folder}/text.db"', 1, "this is not a database of"),
         ('[admin]\nlisten = "127.0.0.1:{taken}"', 1, "this address is in use"),
         ('[admin]\nsocket = "{folder}/text.db"', 1, "not a socket"),
         ('[delivery]\nca_file = "/no/such/file"', 1, "/no/such/file"),

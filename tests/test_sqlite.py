@@ -1,13 +1,14 @@
 """The buffer's file: owned by one, bounded, refused where it is not ours, safe from kills and full disks."""
 
 import os
+import resource
 import signal
 import sqlite3
 import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from agent.buffer.schema import first_tables
 from agent.buffer.sqlite import SqliteBuffer, open_sqlite
 from agent.events import GIVEN, LONG
 from agent.metrics import Metrics
+from agent.pack import crc32, deflate
 
 
 @asynccontextmanager
@@ -60,7 +62,9 @@ async def test_what_was_put_is_there_after_a_reopening(tmp_path: Path) -> None:
 async def test_an_older_file_is_brought_forward(tmp_path: Path) -> None:
     """What a former version wrote is read by this one; of its chunks nothing is assumed."""
     path = tmp_path / "b.db"
-    old = chunk(1)
+    data = b"{}" + b",{}" * 9
+    packed = {"size": len(data), "crc": crc32(data), "packed": deflate(data)}
+    old = msgspec.structs.replace(chunk(1), **packed)  # it has no seal, so it is opened
     with sqlite3.connect(path) as database:
         database.execute("PRAGMA auto_vacuum = INCREMENTAL")
         first_tables(Database(database))
@@ -112,6 +116,9 @@ async def test_what_is_not_ours_is_refused(tmp_path: Path) -> None:
         pass
     with sqlite3.connect(newer) as database:
         database.execute("PRAGMA user_version = 99")
+        database.execute(
+            "INSERT INTO _sqlite_migrations (migration_set, name) VALUES ('capture-agent', 'later')"
+        )
     database.close()
     with sqlite3.connect(other) as database:
         database.execute("CREATE TABLE theirs (x)")
@@ -120,7 +127,7 @@ async def test_what_is_not_ours_is_refused(tmp_path: Path) -> None:
     for path, said in (
         (newer, "newer capture-agent"),
         (other, "another program's"),
-        (text, "not a database"),
+        (text, "not a database of"),
         (tmp_path / "no" / "b.db", "does not exist"),
     ):
         before = path.read_bytes() if path.exists() else None
@@ -339,28 +346,24 @@ async def test_space_is_given_back(tmp_path: Path) -> None:
             assert store.free_pages < before
 
 
-async def test_what_cannot_be_settled_is_neither_taken_again_nor_settled_twice(small_disk: Path) -> None:
-    """While the disk is full a delivered lease stays out, whoever gives it back; then it is settled once."""
-    ballast = small_disk / "ballast"
-    async with opened(small_disk / "b.db", max_size=64 * 2**20) as buffer:
+async def test_what_cannot_be_settled_is_neither_taken_again_nor_settled_twice(tmp_path: Path) -> None:
+    """While nothing can be written what is delivered stays out, also given back; then it is settled once."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    async with opened(tmp_path / "b.db", max_size=64 * 2**20) as buffer:
         for number in range(20):
             await put(buffer, chunk(number, size=LARGE // 4))
-        ballast.write_bytes(b"")
-        with suppress(OSError), ballast.open("ab", buffering=0) as file:
-            while True:
-                file.write(bytes(4096))
-        with trio.move_on_after(0.5):  # the log has pages of its own that are free yet
-            while True:
-                await put(buffer, chunk(100))
         delivered = 0
-        while (lease := await buffer.take(Limits(5000, 2**30), "default")) is not None:
-            delivered += sum(piece.events for piece in lease.chunks)
-            with trio.move_on_after(0):
-                await buffer.settle(lease)
-            await buffer.release(lease)
-        assert buffer.books()[Entry("delivered", "default", "")] < delivered
-        assert "full" in buffer.trouble
-        ballast.unlink()
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))  # behind it is all that would be written
+            while (lease := await buffer.take(Limits(50, 2**30), "default")) is not None:
+                delivered += sum(piece.events for piece in lease.chunks)
+                with trio.move_on_after(0):
+                    await buffer.settle(lease)
+                await buffer.release(lease)
+            assert buffer.books()[Entry("delivered", "default", "")] < delivered
+            assert "I/O" in buffer.trouble
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         with trio.fail_after(20):
             while buffer.stats().events:
                 await trio.sleep(0.05)

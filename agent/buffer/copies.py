@@ -13,8 +13,8 @@ from agent.buffer.file import PAGE_BYTES, disk_bytes
 from agent.buffer.rows import chunk_of
 
 NEWEST = "SELECT ifnull(max(id), 0) FROM chunk"
-BEYOND = """SELECT id, project, key, events, size, crc, received_at, boot, monotonic, packed, marks, burials
-    FROM chunk WHERE id > ? AND id <= ? ORDER BY id"""
+BEYOND = """SELECT id, project, key, events, size, crc, received_at, boot, monotonic, packed, marks, burials,
+    seal FROM chunk WHERE id > ? AND id <= ? ORDER BY id"""
 
 # Between two such steps whoever waits for a commit gets it: 4 MiB are some 3 ms of a page cache's copying.
 STEP_PAGES = 256
@@ -43,8 +43,10 @@ class Copies:
         return first_of(self._shown(after, upto), size)
 
     def _shown(self, after: int, upto: int) -> Iterator[Shown]:
+        """Those that are as they were written; delivery counts the others."""
         for ident, project, key, *rest in self._connection.execute(BEYOND, (after, upto)):
-            yield ident, chunk_of((project, key), tuple(rest))
+            if (chunk := chunk_of((project, key), rest)) is not None:
+                yield ident, chunk
 
     def copy(self, limit: int, pause: Callable[[], None]) -> IO[bytes]:
         """A copy that has no name and is gone when it is closed.

@@ -28,6 +28,7 @@ class Errand(msgspec.Struct, eq=False):
 
     work: Callable[[Store], None]
     error: str = ""
+    done: bool = False
 
 
 R = TypeVar("R")
@@ -62,6 +63,7 @@ class Group:
         self.full = False  # puts were left out, as nothing has made room since the last try
         self.settled = False
         self.error = ""
+        self.damage = ""
         self.seconds = 0.0
 
 

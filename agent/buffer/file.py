@@ -1,17 +1,24 @@
 """The buffer's file: owned by one process, opened, checked, measured."""
 
+import errno
 import fcntl
 import os
 import sqlite3
+import stat
+from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from agent import AgentError
-from agent.buffer import BufferBroken, BufferBusy
+from agent.buffer import BufferBroken, BufferBusy, evidence
 
 # "PHca" in ASCII: tells our databases from every other program's (SQLite's application_id).
 APPLICATION_ID = 0x50486361
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
+# What `schema` applies, by the record that sqlite-utils keeps: what else is there, a newer agent did.
+MIGRATIONS = {"first_tables", "what_an_event_went_through", "what_sockets_dropped", "how_a_chunk_was"}
+TABLES = {"chunk", "dead", "books", "_sqlite_migrations"}
 
 # Packed chunks are tens of KB; measured, 16 KiB pages cost a quarter less than 4 KiB ones.
 PAGE_BYTES = 16 * 1024
@@ -24,17 +31,55 @@ class Room(NamedTuple):
     data: int  # live pages, beyond which `put` finds no room
     group: int  # the most that one transaction adds
     wal: int  # where the log is checkpointed
+    reserve: int  # what is kept for `settle` on a disk that others may fill
 
     @classmethod
     def of(cls, max_size: int) -> "Room":
         """Shares of the whole: small enough for 16 MiB, and no larger than they need be for 1 GiB."""
         wal = min(max(max_size // 32, MIB), 16 * MIB)
         group = min(max(max_size // 16, MIB), 8 * MIB)
-        return cls(max_size - 2 * wal - 2 * group - SETTLE_BYTES, group, wal)
+        # The log is at most so long, and the database grows at most by it.
+        reserve = wal + group
+        return cls(max_size - reserve - wal - 2 * group - SETTLE_BYTES, group, wal, reserve)
 
 
 # What `put` never uses, so that `settle` can always write.
 SETTLE_BYTES = 4 * MIB
+
+
+class Damage(sqlite3.DatabaseError):
+    """What SQLite does not see: the file holds something else than was written."""
+
+
+# What is wrong with the disk, its room or its rights, not with what the file holds.
+_OUTSIDE = {
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_PERM,
+    sqlite3.SQLITE_AUTH,
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_NOMEM,
+    sqlite3.SQLITE_INTERRUPT,
+    sqlite3.SQLITE_PROTOCOL,
+    sqlite3.SQLITE_MISUSE,
+    sqlite3.SQLITE_NOLFS,
+}
+
+
+def is_damage(error: sqlite3.Error) -> bool:
+    """Whether the file is to blame: all that it can make SQLite say, from "malformed" to "no such table"."""
+    code = getattr(error, "sqlite_errorcode", None)
+    if code is None:
+        return isinstance(error, Damage)
+    return code & 0xFF not in _OUTSIDE or code == sqlite3.SQLITE_IOERR_CORRUPTFS
+
+
+def is_full(error: sqlite3.Error) -> bool:
+    """Whether the disk has no room, by SQLite's word."""
+    return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
 
 
 class Ownership:
@@ -63,8 +108,9 @@ class Ownership:
                 f"{database}: another agent owns this buffer (process {owner})",
                 "stop that agent, or give this one a buffer.path of its own",
             ) from error
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+        with suppress(OSError):  # who has it is only told; a full disk must not keep it from anybody
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
 
     def share(self) -> int:
         """A descriptor by which the lock is held beyond `close`."""
@@ -88,6 +134,22 @@ def cannot_write(path: Path, error: OSError) -> AgentError:
     folder = path.parent
     if isinstance(error, FileNotFoundError):
         return BufferBroken(f"{path}: the folder {folder} does not exist", f"make it: mkdir -p {folder}")
+    if isinstance(error, IsADirectoryError):
+        return BufferBroken(
+            f"{path}: this is a directory",
+            "move it away, or set buffer.path to a file that the agent may make",
+        )
+    if error.errno == errno.EROFS:
+        return BufferBroken(
+            f"{path}: {folder} is on a read-only file system",
+            "mount it for writing, or set buffer.path to another place; dmesg may say why it is so",
+        )
+    if path.exists():
+        return BufferBroken(
+            f"{path}: {error.strerror or error}",
+            f"it is user {path.stat().st_uid}'s, and the agent runs as user {os.geteuid()}: "
+            f"chown {os.geteuid()} {path}* and chmod u+rw {path}*, or set buffer.path to another place",
+        )
     return BufferBroken(
         f"{path}: {error.strerror or error}",
         f"the agent's user needs write permission in {folder}, or set buffer.path to another place",
@@ -96,12 +158,11 @@ def cannot_write(path: Path, error: OSError) -> AgentError:
 
 def connect(path: Path, *, full: bool, room: Room) -> sqlite3.Connection:
     """Open the database, made if need be, as its only user. It refuses what is not the agent's own."""
-    try:
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-    except OSError as error:
-        raise cannot_write(path, error) from error
+    make(path)
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=64)
     try:
+        # What is damaged is told by its seal, not by an error of the reader's.
+        connection.text_factory = partial(str, encoding="utf-8", errors="replace")
         # One owner: no other program can write or checkpoint meanwhile, which SQLite before 3.51.3 does not
         # survive (the WAL-reset bug). And set before the first look: so no shared-memory file is made, for
         # which a full disk has no room.
@@ -115,37 +176,103 @@ def connect(path: Path, *, full: bool, room: Room) -> sqlite3.Connection:
             migrate(connection)
             connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
     except BaseException:
-        connection.close()
+        close_beside_log(connection, path)
         raise
+    sync_folder(path)
+    return connection
+
+
+def close_beside_log(connection: sqlite3.Connection, path: Path) -> None:
+    """Close a database that may be damaged, and keep its log, which SQLite would remove by its name."""
+    log, hidden = Path(f"{path}-wal"), Path(f"{path}-wal.kept")
+    with suppress(FileNotFoundError):
+        os.rename(log, hidden)
+    connection.close()
+    with suppress(FileNotFoundError):
+        os.rename(hidden, log)
+
+
+def put_log_back(path: Path) -> None:
+    """Undo what a kill in the middle of `close_beside_log` left."""
+    with suppress(FileNotFoundError):
+        os.rename(f"{path}-wal.kept", f"{path}-wal")
+
+
+def look_first(path: Path) -> bool:
+    """Refuse what is not the agent's own before SQLite writes anything; whether it is surely the agent's.
+
+    Raises `Damage` where SQLite would say nothing, or something else.
+    """
+    with open(path, "rb", buffering=0) as file:
+        header = file.read(100)
+    ours = False
+    # The file alone, as it lies there: its log may be another's.
+    uri = f"{path.absolute().as_uri()}?immutable=1"
+    with suppress(sqlite3.Error), closing(sqlite3.connect(uri, uri=True)) as still:
+        if header:
+            _refuse_strangers(still, path)
+            ours = _tables(still) >= TABLES
+    # A version of the format that nobody knows makes the file read-only for SQLite.
+    if header[18:19] > b"\x02":
+        raise Damage("the header is of a later version of SQLite's format")
+    return ours
+
+
+def make(path: Path) -> None:
+    """Have the file there, empty where it is new, and sure that it is one and may be written."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
+    os.close(descriptor)
+    if not regular:
+        raise BufferBroken(f"{path}: this is no file", "move it away, or set buffer.path to another place")
+
+
+def sync_folder(path: Path) -> None:
+    """Have the names of the files beside `path` on disk, as they are now."""
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
-    return connection
 
 
 def _refuse_strangers(connection: sqlite3.Connection, path: Path) -> None:
-    """Leave alone a database of a newer agent, and one of another program."""
+    """Leave alone a newer agent's database, and another program's. Raises `Damage` where it is neither."""
     version = connection.execute("PRAGMA user_version").fetchone()[0]
     application = connection.execute("PRAGMA application_id").fetchone()[0]
-    tables = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]
-    if application not in (0, APPLICATION_ID) or (application == 0 and tables and not _half_made(connection)):
-        raise BufferBroken(
-            f"{path}: this is another program's SQLite database",
-            "set buffer.path to a file that the agent may make",
-        )
-    if version > SCHEMA_VERSION:
+    tables = _tables(connection)
+    ours = tables >= TABLES
+    if not ours and (application not in (0, APPLICATION_ID) or (not application and tables - _BEGUN)):
+        raise another_programs(path, "this is another program's SQLite database")
+    if version > SCHEMA_VERSION and not (ours and _applied(connection) <= MIGRATIONS):
         raise BufferBroken(
             f"{path}: written by a newer capture-agent (schema {version}, this one knows {SCHEMA_VERSION})",
             "install that version again, or set buffer.path to another file",
         )
+    if version > SCHEMA_VERSION or application not in (0, APPLICATION_ID):
+        raise Damage("the header does not fit the tables")
+    if application == APPLICATION_ID and version and not ours:
+        raise Damage("tables are missing")
 
 
-def _half_made(connection: sqlite3.Connection) -> bool:
-    """Whether a first start was cut off while it made the tables."""
-    names = {row[0] for row in connection.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")}
-    return "_sqlite_migrations" in names
+def another_programs(path: Path, what: str) -> BufferBroken:
+    """What to say of a file that is not the agent's."""
+    return BufferBroken(f"{path}: {what}", "set buffer.path to a file that the agent may make")
+
+
+def _tables(connection: sqlite3.Connection) -> set[str]:
+    return {row[0] for row in connection.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")}
+
+
+def _applied(connection: sqlite3.Connection) -> set[str]:
+    return {row[0] for row in connection.execute("SELECT name FROM _sqlite_migrations")}
+
+
+# What there is where a first start was cut off while it made the tables.
+_BEGUN = {"_sqlite_migrations", "chunk", "dead", "books", "clock", "drops", "sqlite_sequence"}
 
 
 def _configure(connection: sqlite3.Connection, *, full: bool, room: Room) -> None:
@@ -166,9 +293,9 @@ def _configure(connection: sqlite3.Connection, *, full: bool, room: Room) -> Non
 
 
 def disk_bytes(path: Path) -> int:
-    """The bytes of all the buffer's files on disk."""
-    total = 0
-    for name in ("", "-wal", "-shm"):
+    """The bytes of all the buffer's files on disk: the database, its log, the reserve, evidence of damage."""
+    total = sum(map(evidence.disk_bytes, evidence.kept(path)))
+    for name in ("", "-wal", "-shm", ".reserve", ".new", ".new-wal"):
         try:
             total += os.stat(f"{path}{name}").st_size
         except FileNotFoundError:

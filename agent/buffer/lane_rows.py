@@ -1,13 +1,17 @@
 """The lanes' rows: which of them may be leased, and which key of a crowd is the next."""
 
 import sqlite3
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 
+from agent.buffer import Limits
+from agent.buffer.file import Damage
 from agent.buffer.lanes import Lane, Queue, Stranger
 
-SIZE_BY_ID = "SELECT id, events, size FROM chunk WHERE id = ?"
-SIZES_BEYOND_CURSOR = """SELECT id, events, size FROM chunk
-    WHERE project = ? AND key IS ? AND id > ? ORDER BY id LIMIT ?"""
+# Cast, as a damaged row holds anything; whether it is one is looked at when it is read whole.
+SIZE_BY_ID = """SELECT id, ifnull(CAST(events AS INTEGER), 0), ifnull(CAST(size AS INTEGER), 0) FROM chunk
+    WHERE id = ?"""
+SIZES_BEYOND_CURSOR = """SELECT id, ifnull(CAST(events AS INTEGER), 0), ifnull(CAST(size AS INTEGER), 0)
+    FROM chunk WHERE project = ? AND key IS ? AND id > ? ORDER BY id LIMIT ?"""
 NEXT_KEY = "SELECT key FROM chunk WHERE project = ? AND key > ? ORDER BY key LIMIT 1"
 COUNT_LANE = "SELECT count(*), max(id), sum(events) FROM chunk WHERE project = ? AND key = ?"
 
@@ -19,17 +23,37 @@ class LaneRows:
         self._run = connection.execute
         self._last: dict[str, str] = {}  # of each project, the key of its crowd that was found last
 
-    def candidates(self, lane: Lane, queue: Queue, most: int) -> Iterator[tuple[int, int, int]]:
+    def oldest(self, turns: Iterable[tuple[Lane, Queue]], limits: Limits) -> tuple[Lane, list[int]] | None:
+        """The chunks that are next, at least one, and whose they are."""
+        for lane, queue in turns:
+            ids: list[int] = []
+            events = size = 0
+            for ident, more_events, more_size in self._candidates(lane, queue, limits.events):
+                events, size = events + more_events, size + more_size
+                if ids and (events > limits.events or size > limits.size):
+                    break
+                ids.append(ident)
+            if ids:
+                return lane, ids
+        return None
+
+    def _candidates(self, lane: Lane, queue: Queue, most: int) -> Iterator[tuple[int, int, int]]:
         """The lane's chunks that may be leased, those that came back first: id, events, size."""
         none = True
         for ident in queue.offer(most):
             none = False
-            yield self._run(SIZE_BY_ID, (ident,)).fetchone()
+            yield self._size(ident)
         for row in self._run(SIZES_BEYOND_CURSOR, (*lane, queue.cursor, most)):
             none = False
             yield row
         for ident in queue.offer_all(most) if none else ():
-            yield self._run(SIZE_BY_ID, (ident,)).fetchone()
+            yield self._size(ident)
+
+    def _size(self, ident: int) -> tuple[int, int, int]:
+        row: tuple[int, int, int] | None = self._run(SIZE_BY_ID, (ident,)).fetchone()
+        if row is None:
+            raise Damage("a chunk is not in its table any more")
+        return row
 
     def next_stranger(self, project: str, known: Container[str | None]) -> Stranger | None:
         """The next key without a lane, in the order of keys and around; None where each has one."""

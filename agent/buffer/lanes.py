@@ -161,6 +161,12 @@ class Lanes:
             del queue.returned[chunk]
         self._wait(lane, queue, -events)
 
+    def recall(self, lane: Lane, leased: Iterable[int], events: int, before: Iterable[int]) -> None:
+        """Of chunks that were just added these are out on lease; those `before` the newest of them wait."""
+        self.lease(lane, leased, events)
+        queue = self._projects[lane[0]].queues[lane[1]]
+        queue.returned.update(dict.fromkeys(before, queue.cursor))
+
     def give_back(self, lane: Lane, chunks: Iterable[int], events: int) -> None:
         """Leased chunks wait again, at the back; those of a key that has not worked so far in the crowd."""
         project, key = self._projects[lane[0]], lane[1]

@@ -3,17 +3,20 @@
 import sqlite3
 from collections.abc import Sequence
 
+import msgspec
+
 from agent.buffer import DeadEvent, DeadLetter, Entry
+from agent.buffer.file import Damage
 from agent.buffer.rows import Change, read_burials, told_burials
 from agent.events import label_of
 
 INSERT = """INSERT INTO dead
-    (project, key, event, reason, detail, at, received_at, boot, monotonic, marks, attempts, burials)
-    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+    (id, project, key, event, reason, detail, at, received_at, boot, monotonic, marks, attempts, burials)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
 COUNT = "SELECT count(*), ifnull(sum(length(event)), 0), ifnull(max(id), 0) FROM dead"
-OLDEST = "SELECT id, length(event) FROM dead ORDER BY id LIMIT 1"
-SELECT = """SELECT id, project, key, event, reason, detail, at, received_at, boot, monotonic, marks, attempts,
-    burials FROM dead"""
+OLDEST = "SELECT id, ifnull(length(event), 0) FROM dead ORDER BY id LIMIT 1"
+SELECT = """SELECT id, project, key, CAST(event AS BLOB), reason, detail, at, received_at, boot,
+    monotonic, marks, attempts, burials FROM dead"""
 
 # Dead letters take at most this part of the bound; the oldest go first.
 DEAD_SHARE = 10
@@ -35,11 +38,7 @@ class Letters:
 
     def bury(self, dead: DeadEvent, change: Change) -> None:
         """Keep a dead event, and let the oldest letters go where they take too much."""
-        row = (
-            dead.project, dead.key, dead.event, dead.reason, dead.detail, dead.at, dead.received_at,
-            dead.boot, dead.monotonic, dead.marks, dead.attempts, told_burials(dead.burials),
-        )  # fmt: skip
-        change.newest_letter = self._connection.execute(INSERT, row).lastrowid or 0
+        change.newest_letter = self._connection.execute(INSERT, (None, *row_of_letter(dead))).lastrowid or 0
         change.dead_letters += 1
         change.dead_bytes += len(dead.event)
         while self._bytes + change.dead_bytes > self._most_bytes:
@@ -71,27 +70,24 @@ class Letters:
         return found
 
 
-_Row = tuple[
-    int, str, str | None, bytes, str, str, int, int, str, int, int, int, str | None
-]  # as `SELECT` names them
+def row_of_letter(dead: DeadEvent) -> tuple[object, ...]:
+    """What `INSERT` is given after the id."""
+    return (
+        dead.project, dead.key, dead.event, dead.reason, dead.detail, dead.at, dead.received_at, dead.boot,
+        dead.monotonic, dead.marks, dead.attempts, told_burials(dead.burials),
+    )  # fmt: skip
 
 
-def _letter(row: _Row) -> DeadLetter:
-    ident, project, key, event, reason, detail, at, received_at, boot, monotonic, marks, attempts, burials = (
-        row
-    )
-    return DeadLetter(
-        id=ident,
-        project=project,
-        key=key,
-        event=event,
-        reason=reason,
-        detail=detail,
-        at=at,
-        received_at=received_at,
-        boot=boot,
-        monotonic=monotonic,
-        marks=marks,
-        attempts=attempts,
-        burials=read_burials(burials),
-    )
+def _letter(row: Sequence[object]) -> DeadLetter:
+    """A row as `SELECT` names it. Raises `Damage` where it is none that was written."""
+    try:
+        fields = dict(zip(DeadLetter.__struct_fields__, _in_order(row), strict=True))
+        return msgspec.convert(fields, DeadLetter)
+    except ValueError as error:
+        raise Damage(f"a dead letter is not what was written: {error}") from error
+
+
+def _in_order(row: Sequence[object]) -> Sequence[object]:
+    """The columns in the order of the fields, which begin with those that are inherited."""
+    ident, *fields, burials = row
+    return (*fields, read_burials(burials), ident)

@@ -6,11 +6,11 @@ from agent.buffer import CLOCKS_KEPT, SOCKETS_KEPT, Entry
 from agent.buffer.entries import newly_dropped
 from agent.buffer.rows import Change
 
-READ_CLOCKS = "SELECT boot, ahead FROM clock ORDER BY id"
+READ_CLOCKS = "SELECT boot, ifnull(CAST(ahead AS INTEGER), 0) FROM clock ORDER BY id"
 NOTE_CLOCK = "INSERT OR REPLACE INTO clock (boot, ahead) VALUES (?, ?)"
 FORGET_CLOCKS = "DELETE FROM clock WHERE id NOT IN (SELECT id FROM clock ORDER BY id DESC LIMIT ?)"
 
-READ_DROPS = "SELECT total FROM drops WHERE socket = ?"
+READ_DROPS = "SELECT ifnull(CAST(total AS INTEGER), 0) FROM drops WHERE socket = ?"
 NOTE_DROPS = "INSERT OR REPLACE INTO drops (socket, total) VALUES (?, ?)"
 FORGET_DROPS = "DELETE FROM drops WHERE id NOT IN (SELECT id FROM drops ORDER BY id DESC LIMIT ?)"
 

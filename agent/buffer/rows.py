@@ -6,20 +6,27 @@ from collections.abc import Callable, Container, Sequence
 import msgspec
 
 from agent.buffer import Books, DeadEvent, Lease, Limits
-from agent.buffer.lanes import Lane
 from agent.events import Burial, Chunk, Tally
+from agent.pack import crc32, inflate
 
 INSERT_CHUNK = """INSERT INTO chunk
-    (project, key, events, size, crc, received_at, boot, monotonic, bytes, packed, marks, burials)
-    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
-UPDATE_CHUNK = "UPDATE chunk SET events = ?, size = ?, crc = ?, bytes = ?, packed = ? WHERE id = ?"
+    (id, project, key, events, size, crc, received_at, boot, monotonic, bytes, packed, marks, burials, seal)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+DELETE_CHUNK = "DELETE FROM chunk WHERE id = ?"
+UPDATE_CHUNK = """UPDATE chunk SET events = ?, size = ?, crc = ?, bytes = ?, packed = ?, seal = ?
+    WHERE id = ?"""
 ENTER = """INSERT INTO books VALUES (?, ?, ?, ?)
     ON CONFLICT (joint, label, reason) DO UPDATE SET total = total + excluded.total"""
 COUNT_LANES = """SELECT project, key, count(*), max(id), sum(events), sum(bytes)
     FROM chunk GROUP BY project, key"""
-CHUNK_BY_ID = """SELECT events, size, crc, received_at, boot, monotonic, packed, marks, burials
+CHUNK_BY_ID = """SELECT events, size, crc, received_at, boot, monotonic, packed, marks, burials, seal
     FROM chunk WHERE id = ?"""
-OLDEST = "SELECT id, project, key, events, bytes, received_at FROM chunk ORDER BY id"
+# Cast, as a damaged row holds anything.
+OLDEST = "SELECT id, project, key, ifnull(CAST(received_at AS INTEGER), 0) FROM chunk ORDER BY id"
+FIRST_TIME = "SELECT ifnull(CAST(received_at AS INTEGER), 0) FROM chunk ORDER BY id LIMIT 1"
+IDS_UPTO = "SELECT id FROM chunk WHERE project = ? AND key IS ? AND id <= ? ORDER BY id"
+INDEXED = """SELECT events, bytes FROM chunk INDEXED BY chunk_lane
+    WHERE project = ? AND key IS ? AND id = ?"""
 
 # What a row costs beside its packed bytes: columns, its index entry, page headers; measured, rounded up.
 ROW_BYTES = 200
@@ -74,11 +81,12 @@ class Change(msgspec.Struct):
     lanes: list[Callable[[], None]] = msgspec.field(default_factory=list)
 
 
-def row_of(chunk: Chunk) -> tuple[object, ...]:
-    """What `INSERT_CHUNK` is given."""
+def row_of(chunk: Chunk, ident: int | None = None) -> tuple[object, ...]:
+    """What `INSERT_CHUNK` is given; without an id it gets the next one."""
     return (
-        chunk.project, chunk.key, chunk.events, chunk.size, chunk.crc, chunk.received_at, chunk.boot,
+        ident, chunk.project, chunk.key, chunk.events, chunk.size, chunk.crc, chunk.received_at, chunk.boot,
         chunk.monotonic, len(chunk.packed), chunk.packed, chunk.marks, told_burials(chunk.burials),
+        seal_of(chunk),
     )  # fmt: skip
 
 
@@ -87,27 +95,45 @@ def told_burials(burials: tuple[Burial, ...]) -> str | None:
     return msgspec.json.encode(burials).decode() if burials else None
 
 
-def read_burials(text: str | None) -> tuple[Burial, ...]:
-    """What `told_burials` wrote."""
-    return msgspec.json.decode(text, type=tuple[Burial, ...]) if text else ()
+def read_burials(text: object) -> tuple[Burial, ...]:
+    """What `told_burials` wrote; ValueError where it did not."""
+    if text is None:
+        return ()
+    if not isinstance(text, str):
+        raise ValueError("no text")  # noqa: TRY004  # a value that is damaged, not a caller's mistake
+    return msgspec.json.decode(text, type=tuple[Burial, ...])
 
 
-def chunk_of(lane: Lane, row: tuple[int, int, int, int, str, int, bytes, int, str | None]) -> Chunk:
-    """What `CHUNK_BY_ID` found."""
-    events, size, crc, received_at, boot, monotonic, packed, marks, burials = row
-    return Chunk(
-        project=lane[0],
-        key=lane[1],
-        events=events,
-        size=size,
-        crc=crc,
-        received_at=received_at,
-        boot=boot,
-        monotonic=monotonic,
-        packed=packed,
-        marks=marks,
-        burials=read_burials(burials),
-    )
+def seal_of(chunk: Chunk) -> int:
+    """A CRC-32 of all that a chunk is: by it a row is known to be as it was written, unopened."""
+    fields = (
+        chunk.project, chunk.key, chunk.events, chunk.size, chunk.crc, chunk.received_at, chunk.boot,
+        chunk.monotonic, chunk.marks, chunk.burials,
+    )  # fmt: skip
+    return crc32(msgspec.json.encode(fields) + chunk.packed)
+
+
+def chunk_of(lane: tuple[object, object], row: Sequence[object]) -> Chunk | None:
+    """What `CHUNK_BY_ID` found; None where it is not what was written.
+
+    A row of an older agent has no seal: its events are opened to be sure of them.
+    """
+    fields = dict(zip(_FIELDS, (*lane, *row), strict=True))
+    try:
+        fields["burials"] = read_burials(fields["burials"])
+        chunk = msgspec.convert(fields, Chunk)
+        if row[-1] is None:
+            inflate(chunk.packed, chunk.size, chunk.crc)
+            return chunk
+        return chunk if seal_of(chunk) == row[-1] else None
+    except ValueError:
+        return None
+
+
+_FIELDS = (
+    "project", "key", "events", "size", "crc", "received_at", "boot", "monotonic", "packed", "marks",
+    "burials", "seal",
+)  # fmt: skip
 
 
 def same_origin(old: Chunk, new: Chunk) -> bool:

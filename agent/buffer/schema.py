@@ -80,8 +80,14 @@ def what_sockets_dropped(db: Database) -> None:
     )
 
 
+@migrations()
+def how_a_chunk_was(db: Database) -> None:
+    """Version 4: a checksum of the whole row, so that no chunk is sent that is not as it was written."""
+    db.execute("ALTER TABLE chunk ADD COLUMN seal INTEGER")
+
+
 # Kept in SQLite's `user_version`, so that a start with nothing to migrate need not load this module.
-VERSION = 3
+VERSION = 4
 
 
 def migrate(connection: sqlite3.Connection) -> None:

@@ -19,6 +19,7 @@ import trio
 from agent import config
 from agent.buffer import NOBODY, Books, BufferBroken, BufferBusy, Stats
 from agent.buffer.desk import Asked, Desk, Group, ring
+from agent.buffer.file import Damage, is_damage, is_full
 from agent.buffer.rows import Settlement
 from agent.buffer.store import Store
 from agent.buffer.waiting import Waiting
@@ -34,6 +35,8 @@ EXPIRY_SECONDS = 1.0
 IDLE_SECONDS = 5.0
 IDLE_PAGES = 64
 
+NO_RESERVE = "the disk is full: what deliveries need of it is kept for them"
+
 
 class SqliteBuffer(Desk):
     """A `Buffer` and `DeadLetters` on disk. `trouble` says why the last write failed, empty if it did not."""
@@ -45,6 +48,8 @@ class SqliteBuffer(Desk):
         self._limiter = trio.CapacityLimiter(1)
         self._retry_at = inf  # when what could not be done is tried again unasked, on trio's clock
         self._closing = False
+        self._lost = False  # the file could not be mended, and is closed
+        self._rescued = False  # the file was damaged, and mended, just before
         self._waiting = Waiting()
         self._copying = trio.Lock()  # one copy at a time: each takes as much of the disk as the buffer
         self._copy = trio.CancelScope()
@@ -113,7 +118,13 @@ class SqliteBuffer(Desk):
         group = self._next_group()
         await self._in_thread(partial(self._work, group, now, closing=self._closing))
         self._show()
-        if group.deposits or group.settlements:
+        if group.damage:
+            self._takings = [asked for asked in group.takings if asked.what.lease is None] + self._takings
+            group.takings = [asked for asked in group.takings if asked.what.lease is not None]
+            self._errands = [asked for asked in group.errands if not asked.what.done] + self._errands
+            group.errands = [asked for asked in group.errands if asked.what.done]
+            self._bell.set()
+        elif group.deposits or group.settlements:
             self._tell_trouble(group.error)
             self._metrics.commit_seconds.observe(group.seconds)
         if group.settled:
@@ -123,6 +134,7 @@ class SqliteBuffer(Desk):
         ring(asked for asked in group.deposits if asked.what.taken is not None)
         waiting = [asked for asked in group.deposits if asked.what.taken is None and not asked.abandoned]
         self._full = any(asked.what.chunks for asked in waiting) or (group.full and bool(self._deposits))
+        self._full = self._full and not group.damage
         self._deposits = waiting + self._deposits
         if self._full or (self.trouble and (self._deposits or self._settlements)):
             self._retry_at = min(self._retry_at, trio.current_time() + RETRY_SECONDS)
@@ -135,18 +147,48 @@ class SqliteBuffer(Desk):
             asked.done.set()
 
     def _work(self, group: Group, now: int, *, closing: bool) -> None:
-        """In the worker thread: write, then read."""
+        """In the worker thread: do it, and where the file turns out to be damaged, have it mended.
+
+        What was not done is then asked again.
+        """
+        try:
+            self._do(group, now, closing=closing)
+        except sqlite3.Error as error:
+            if not is_damage(error) or self._rescued:
+                raise
+            group.damage = str(error)
+            self._rescue(group.damage)
+        self._rescued = bool(group.damage)
+
+    def _rescue(self, why: str) -> None:
+        self._lost = True
+        try:
+            self._store.rescue(why)
+        except (sqlite3.Error, OSError) as error:
+            raise BufferBroken(
+                f"{self._store.path}: damaged, and cannot be mended: {error}", _advice(error)
+            ) from error
+        self._lost = False
+
+    def _do(self, group: Group, now: int, *, closing: bool) -> None:
+        """Write, then read. Raises sqlite3.Error where the file is damaged."""
         started = time.perf_counter()
         settlements = [asked.what for asked in group.settlements]
         deposits = [asked.what for asked in group.deposits]
+        if deposits and not self._store.reserve.hold():
+            group.error, deposits = NO_RESERVE, []
         try:
             if settlements or deposits or self._settings.max_age:
                 self._store.commit(settlements, deposits, now=now, closing=closing)
             group.settled = True
         except sqlite3.Error as error:
+            if is_damage(error) or (not self.trouble and self._store.is_torn(error)):
+                raise Damage(str(error)) from error
             group.error = str(error)
             if settlements:
                 self._settle_alone(group, settlements, now)
+        if (settlements or group.deposits) and (group.error or not self._store.reserve.held):
+            self._store.give_back_room()
         group.seconds = time.perf_counter() - started
         for lease in group.releases:
             self._store.release(lease.what)
@@ -156,16 +198,26 @@ class SqliteBuffer(Desk):
             try:
                 errand.what.work(self._store)
             except sqlite3.Error as error:
+                if is_damage(error):
+                    raise
                 errand.what.error = str(error)
+            errand.what.done = True
         self._store.welcome()
 
     def _settle_alone(self, group: Group, settlements: Sequence[Settlement], now: int) -> None:
         """Deliveries must go on when there is no room for what comes in: they are what makes room."""
-        try:
-            self._store.commit(settlements, (), now=now, closing=False)
-            group.settled = True
-        except sqlite3.Error as error:
-            group.error = str(error)
+        for last in (False, True):
+            try:
+                self._store.commit(settlements, (), now=now, closing=False)
+                group.settled = True
+            except sqlite3.Error as error:
+                if is_damage(error):
+                    raise
+                group.error = str(error)
+                if is_full(error) and not last:
+                    self._store.reserve.give_up()
+                    continue
+            return
 
     def _show(self) -> None:
         """What is committed becomes visible."""
@@ -238,7 +290,7 @@ class SqliteBuffer(Desk):
         self.close_door()
         self._copy.cancel()
         await self._copying.acquire()  # for good: of a closed file there is no copy
-        if self._deposits or self._settlements or self._releases or self._errands:
+        if (self._deposits or self._settlements or self._releases or self._errands) and not self._lost:
             await self.serve_group(now=time.time_ns() // 1000)
         try:
             await self._in_thread(partial(self._store.close))
@@ -247,11 +299,17 @@ class SqliteBuffer(Desk):
             log.warning("closed without a checkpoint; the next start makes it", error=str(error), hint=hint)
 
 
-def _advice(error: sqlite3.Error) -> str:
-    """What to do about a file that does not open."""
-    if error.sqlite_errorcode in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-        return "the file is damaged: move it away with its -wal; the agent makes a new one"
-    return "make room on the disk, or mend it; nothing in the file is lost"
+# Errors about files that are there, and not for the agent's user.
+_RIGHTS = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM)
+
+
+def _advice(error: sqlite3.Error | OSError) -> str:
+    """What to do about a file that does not open, or cannot be mended; nothing of it is lost."""
+    if isinstance(error, PermissionError) or getattr(error, "sqlite_errorcode", 0) & 0xFF in _RIGHTS:
+        return (
+            "the agent's user must be able to write the file, its -wal and their folder: chown or chmod them"
+        )
+    return "make room on the disk, or mend it, and start again; nothing in the file is lost"
 
 
 @asynccontextmanager
@@ -264,7 +322,7 @@ async def open_sqlite(
     """
     try:
         store = Store(settings, lock)
-    except sqlite3.Error as error:
+    except (sqlite3.Error, OSError) as error:
         raise BufferBroken(f"{settings.path}: {error}", _advice(error)) from error
     buffer = SqliteBuffer(store, settings, metrics)
     serving = trio.CancelScope(shield=True)

@@ -1,34 +1,28 @@
 """The buffer's rows: each call is one transaction on the file, made in a worker thread, never two at once."""
 
 import sqlite3
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import structlog
+
 from agent import config
-from agent.buffer import (
-    Books,
-    Entry,
-    Lease,
-    Replayed,
-    Shed,
-    revived,
-    too_old_at,
-)
+from agent.buffer import Entry, Lease, Replayed, revived, too_old_at
 from agent.buffer.copies import Copies
 from agent.buffer.entries import entries_put, entries_settle
-from agent.buffer.file import PAGE_BYTES, Ownership, Room, connect, disk_bytes
+from agent.buffer.file import Damage, Ownership, Room, close_beside_log, disk_bytes
 from agent.buffer.lane_rows import LaneRows
 from agent.buffer.lanes import Lane, Lanes
-from agent.buffer.letters import Letters
-from agent.buffer.notes import Notes
+from agent.buffer.opening import Found, opened, reopened
+from agent.buffer.reserve import Reserve
 from agent.buffer.rows import (
     CHUNK_BY_ID,
-    COUNT_LANES,
+    DELETE_CHUNK,
     ENTER,
+    FIRST_TIME,
+    IDS_UPTO,
     INSERT_CHUNK,
-    OLDEST,
     ROW_BYTES,
     UPDATE_CHUNK,
     Change,
@@ -38,8 +32,13 @@ from agent.buffer.rows import (
     chunk_of,
     row_of,
     same_origin,
+    seal_of,
 )
-from agent.events import Chunk, label_of
+from agent.buffer.shedding import Shedding
+from agent.buffer.space import give_back_room, is_torn
+from agent.events import Chunk
+
+log = structlog.get_logger("buffer")
 
 
 class Store:
@@ -51,32 +50,55 @@ class Store:
         self.max_size = settings.max_size
         self._when_full = settings.when_full
         self._max_age = int(settings.max_age * 1_000_000)
+        self._full = settings.durability == "full"
+        self.reserve = Reserve(path, self.room.reserve)
+        self._leases: set[Lease] = set()  # neither settled nor released
         self.ownership = Ownership(path, lock)
         try:
-            self._connection = connect(path, full=settings.durability == "full", room=self.room)
+            self._load(opened(path, max_size=settings.max_size, full=self._full))
+            self.reserve.hold()
         except BaseException:
             self.ownership.close()
             raise
-        self.lanes = Lanes()
-        self._leases: set[Lease] = set()  # neither settled nor released
-        self._rows = LaneRows(self._connection)
-        self._load()
 
-    def _load(self) -> None:
-        """Count what is there. A lease died with its process, so every chunk waits."""
-        run = self._connection.execute
-        self.books: Books = Counter()
-        for joint, label, reason, total in run("SELECT joint, label, reason, total FROM books"):
-            self.books[Entry(joint, label, reason)] = total
+    def _load(self, found: Found) -> None:
+        """Count what is there. A lease dies with its process; those of this one stay out."""
+        self._connection, self.books, lanes, self.letters, self.notes = found
+        self._rows = LaneRows(self._connection)
+        self.copies = Copies(self._connection, self.path)
+        self.lanes = Lanes()
         self.events = self.bytes = 0
-        for project, key, chunks, newest, events, size in run(COUNT_LANES):
+        leased = {(lease.project, lease.key) for lease in self._leases}
+        for project, key, chunks, newest, events, size in sorted(
+            lanes, key=lambda row: row[:2] not in leased
+        ):
             self.lanes.add((project, key), chunks, newest, events)
             self.events += events
             self.bytes += size
-        self.letters = Letters(self._connection, self.max_size)
-        self.notes = Notes(self._connection)
-        self.copies = Copies(self._connection, self.path)
+        for lane in leased:
+            leases = [lease for lease in self._leases if (lease.project, lease.key) == lane]
+            ids = {ident for lease in leases for ident in lease.ids}
+            before = [row[0] for row in self._connection.execute(IDS_UPTO, (*lane, max(ids)))]
+            events = sum(chunk.events for lease in leases for chunk in lease.chunks)
+            self.lanes.recall(lane, ids, events, [ident for ident in before if ident not in ids])
+        self._shedding = Shedding(
+            self.path,
+            self._connection,
+            self.lanes,
+            self.room,
+            drop_oldest=self._when_full == "drop_oldest",
+            max_age=self._max_age,
+        )
         self._look_around()
+
+    def rescue(self, why: str) -> None:
+        """Go on with what can be read of the database, and with all that is out on lease."""
+        close_beside_log(self._connection, self.path)
+        self._load(
+            reopened(
+                self.path, why, max_size=self.max_size, full=self._full, books=self.books, leases=self._leases
+            )
+        )
 
     def close(self) -> None:
         """Checkpoint, close, and give the file up.
@@ -103,7 +125,7 @@ class Store:
         with self._transaction() as change:
             for settlement in settlements:
                 self._settle(settlement, change)
-            self._expire(now, change)
+            self._shedding.expire(now, change)
             taken = self._deposit_all(deposits, change, closing=closing)
         for deposit, count in zip(deposits, taken, strict=True):
             deposit.taken = count
@@ -134,10 +156,10 @@ class Store:
         self._look_around()
 
     def _look_around(self) -> None:
-        row = self._connection.execute("SELECT received_at FROM chunk ORDER BY id LIMIT 1").fetchone()
+        row = self._connection.execute(FIRST_TIME).fetchone()
         self.oldest: int | None = row[0] if row else None
         self.free_pages: int = self._connection.execute("PRAGMA freelist_count").fetchone()[0]
-        self.free_bytes = self._free()
+        self.free_bytes = self._shedding.free()
 
     # --- putting ---------------------------------------------------------------------------------
 
@@ -154,7 +176,7 @@ class Store:
     def _deposit(self, deposit: Deposit, change: Change, *, closing: bool) -> int | None:
         """How many events were taken; None when there is no room and it must wait."""
         events = deposit.events
-        if deposit.chunks and not self._make_room(deposit.bytes, change):
+        if deposit.chunks and not self._shedding.make_room(deposit.bytes, change):
             if self._when_full == "drop_newest":
                 change.books.update(entries_put(deposit.tally, 0, events))
                 return 0
@@ -175,70 +197,41 @@ class Store:
         self._count(chunk, change)
         change.lanes.append(lambda: self.lanes.add(lane, 1, ident, chunk.events))
 
-    def _make_room(self, size: int, change: Change) -> bool:
-        """Whether so many bytes fit, if need be by shedding the oldest chunks that are not on lease."""
-        missing = size - self._free()
-        if missing <= 0:
-            return True
-        if self._when_full != "drop_oldest":
-            return False
-        for row in list(self._waiting_rows(limit=-1 if missing > self.room.group else 4096)):
-            missing -= row[4] + ROW_BYTES
-            self._shed(row, "full_oldest", change)
-            if missing <= 0 and size <= self._free():
-                return True
-        return False
-
-    def _free(self) -> int:
-        """Bytes that `put` may still use: free pages are room."""
-        pages = self._connection.execute("PRAGMA page_count").fetchone()[0]
-        free = self._connection.execute("PRAGMA freelist_count").fetchone()[0]
-        return int(self.room.data - (pages - free) * PAGE_BYTES)
-
-    def _waiting_rows(self, limit: int) -> Iterator[tuple[int, str, str | None, int, int, int]]:
-        """The oldest chunks that are not on lease."""
-        leased = self.lanes.leased
-        for row in self._connection.execute(f"{OLDEST} LIMIT ?", (limit,)):
-            if row[0] not in leased:
-                yield row
-
-    def _shed(self, row: tuple[int, str, str | None, int, int, int], why: Shed, change: Change) -> None:
-        ident, project, key, events, size, _ = row
-        self._connection.execute("DELETE FROM chunk WHERE id = ?", (ident,))
-        change.books[Entry("shed", label_of(project, key), why)] += events
-        change.events -= events
-        change.bytes -= size
-        change.lanes.append(lambda: self.lanes.drop((project, key), ident, events))
-
-    def _expire(self, now: int, change: Change) -> None:
-        """Shed what is older than `max_age`; chunks lie about in the order of their age."""
-        if not self._max_age:
-            return
-        for row in list(self._waiting_rows(limit=1024)):
-            if row[5] >= now - self._max_age:
-                break
-            self._shed(row, "expired", change)
-
     # --- taking and settling ---------------------------------------------------------------------
 
     def take(self, taking: Taking) -> None:
-        """Lease the oldest chunks of one of the project's lanes; writes nothing."""
-        for lane, queue in self.lanes.turns(taking.project, taking.without):
-            ids: list[int] = []
-            events = size = 0
-            for ident, more_events, more_size in self._rows.candidates(lane, queue, taking.limits.events):
-                events, size = events + more_events, size + more_size
-                if ids and (events > taking.limits.events or size > taking.limits.size):
-                    break
-                ids.append(ident)
-            if ids:
-                rows = [self._connection.execute(CHUNK_BY_ID, (ident,)).fetchone() for ident in ids]
-                chunks = tuple(chunk_of(lane, row) for row in rows)
-                self.lanes.lease(lane, ids, sum(chunk.events for chunk in chunks))
-                until = too_old_at(chunks, self._max_age)
-                taking.lease = Lease(project=lane[0], key=lane[1], chunks=chunks, ids=tuple(ids), until=until)
-                self._leases.add(taking.lease)
-                return
+        """Lease the oldest chunks of one of the project's lanes; writes nothing, but where one is damaged."""
+        while found := self._rows.oldest(self.lanes.turns(taking.project, taking.without), taking.limits):
+            lane, ids = found
+            chunks = [self._chunk(lane, ident) for ident in ids]
+            if None in chunks:
+                self._shed_damaged(
+                    lane, [ident for ident, one in zip(ids, chunks, strict=True) if one is None]
+                )
+                continue
+            whole = tuple(chunk for chunk in chunks if chunk is not None)
+            self.lanes.lease(lane, ids, sum(chunk.events for chunk in whole))
+            until = too_old_at(whole, self._max_age)
+            taking.lease = Lease(project=lane[0], key=lane[1], chunks=whole, ids=tuple(ids), until=until)
+            self._leases.add(taking.lease)
+            return
+
+    def _chunk(self, lane: Lane, ident: int) -> Chunk | None:
+        row = self._connection.execute(CHUNK_BY_ID, (ident,)).fetchone()
+        if row is None:
+            raise Damage("a chunk of the index is not in the table")
+        return chunk_of(lane, row)
+
+    def _shed_damaged(self, lane: Lane, ids: Sequence[int]) -> None:
+        """Let chunks go that are not as they were written; the index knows how many events they had."""
+        log.error(
+            "chunks in the buffer are damaged; their events are counted as damaged, the others go on",
+            chunks=len(ids),
+            hint="look for the disk's errors: dmesg",
+        )
+        with self._transaction() as change:
+            for ident in ids:
+                self._shedding.shed(lane, ident, "damaged", change)
 
     def welcome(self) -> None:
         """Let keys that wait in a crowd have the lanes that are free."""
@@ -256,7 +249,7 @@ class Store:
         lease, lane = settlement.lease, (settlement.lease.project, settlement.lease.key)
         kept = self._keep(lease, settlement.rest, change)
         gone = [ident for ident in lease.ids if ident not in kept]
-        self._connection.executemany("DELETE FROM chunk WHERE id = ?", [(ident,) for ident in gone])
+        self._connection.executemany(DELETE_CHUNK, [(ident,) for ident in gone])
         for dead in settlement.dead:
             self.letters.bury(dead, change)
         entries = entries_settle(
@@ -286,7 +279,15 @@ class Store:
                 self._insert(chunk, change)
                 continue
             del places[ident]
-            values = (chunk.events, chunk.size, chunk.crc, len(chunk.packed), chunk.packed, ident)
+            values = (
+                chunk.events,
+                chunk.size,
+                chunk.crc,
+                len(chunk.packed),
+                chunk.packed,
+                seal_of(chunk),
+                ident,
+            )
             self._connection.execute(UPDATE_CHUNK, values)
             self._count(chunk, change)
             kept[ident] = chunk.events
@@ -305,7 +306,7 @@ class Store:
             letters = self.letters.of_ids(ids)
             for number, letter in enumerate(letters):
                 chunk = revived(letter)
-                if self._free() < len(chunk.packed) + ROW_BYTES:
+                if self._shedding.free() < len(chunk.packed) + ROW_BYTES:
                     return Replayed(number, full=True)
                 self.letters.take_out(letter, "replayed", change)
                 self._insert(chunk, change)
@@ -338,3 +339,12 @@ class Store:
             self.free_pages = 0  # none to give back until the next commit has looked
             return
         self._look_around()
+
+    def give_back_room(self) -> None:
+        """Let a full disk have what is free in the files, until it has room for the reserve again."""
+        give_back_room(self._connection, self.path, self.reserve, self.room)
+        self._look_around()
+
+    def is_torn(self, error: sqlite3.Error) -> bool:
+        """Whether a full disk is said where the file is damaged."""
+        return is_torn(self._connection, self.path, self.room, error)

@@ -54,6 +54,7 @@ async def test_the_whole_way(tmp_path: Path) -> None:
         assert sorted(path.name for path in tmp_path.iterdir()) == [
             "buffer.db",
             "buffer.db.lock",
+            "buffer.db.reserve",
             "config.toml",
             "log",
         ]

@@ -1,0 +1,149 @@
+"""Opens a buffer's database and looks at what it holds; a damaged one is rescued first."""
+
+import sqlite3
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from agent.buffer import Books, Entry, Lease
+from agent.buffer.balance import balance
+from agent.buffer.evidence import log_of
+from agent.buffer.file import (
+    Damage,
+    Room,
+    close_beside_log,
+    connect,
+    is_damage,
+    look_first,
+    make,
+    put_log_back,
+)
+from agent.buffer.letters import Letters
+from agent.buffer.log import Log
+from agent.buffer.notes import Notes
+from agent.buffer.pages import HEADER_BYTES, page_bytes_of
+from agent.buffer.rescue import refuse_strangers, rescue, unfinished
+from agent.buffer.rows import COUNT_LANES
+
+BOOKS = "SELECT joint, label, reason, total FROM books"
+# The way to the oldest and to the newest chunk is whole.
+ENDS = (
+    "SELECT (SELECT size FROM chunk ORDER BY id LIMIT 1), (SELECT size FROM chunk ORDER BY id DESC LIMIT 1)"
+)
+# Beyond it an INSERT would find no id: no buffer ever comes so far.
+NEWEST_ID = """SELECT max(ifnull((SELECT max(seq) FROM sqlite_sequence), 0),
+    ifnull((SELECT max(id) FROM chunk), 0), ifnull((SELECT max(id) FROM dead), 0))"""
+MOST_IDS = 2**62
+
+
+class Found(NamedTuple):
+    """An open database and what it holds."""
+
+    connection: sqlite3.Connection
+    books: Books
+    lanes: list[tuple[str, str | None, int, int, int, int]]  # as `COUNT_LANES` names them
+    letters: Letters
+    notes: Notes
+
+
+def opened(path: Path, *, max_size: int, full: bool) -> Found:
+    """The database, made if need be. Raises `BufferBroken` or sqlite3.Error where it cannot be used."""
+    why = "a start that carried over was cut off"
+    if not unfinished(path).exists():
+        try:
+            return _opened(path, max_size=max_size, full=full)
+        except sqlite3.Error as error:
+            if not is_damage(error):
+                raise
+            why = str(error)
+    return reopened(path, why, max_size=max_size, full=full)
+
+
+def reopened(
+    path: Path,
+    why: str,
+    *,
+    max_size: int,
+    full: bool,
+    books: Books | None = None,
+    leases: Iterable[Lease] = (),
+) -> Found:
+    """The database after a rescue; see there."""
+    rescue(path, why, max_size=max_size, full=full, books=books, leases=leases)
+    return _opened(path, max_size=max_size, full=full)
+
+
+def _opened(path: Path, *, max_size: int, full: bool) -> Found:
+    make(path)
+    put_log_back(path)
+    ours = look_first(path)
+    logged = _commits(path)
+    if logged and not ours:
+        refuse_strangers(path)
+    if logged and not path.stat().st_size:
+        raise Damage("the database is empty, and its log is not")
+    connection = connect(path, full=full, room=Room.of(max_size))
+    try:
+        if logged:
+            _refuse_lost_commits(connection, path, logged)
+        return _look(connection, max_size)
+    except BaseException:
+        close_beside_log(connection, path)
+        raise
+
+
+def _commits(path: Path) -> list[int]:
+    """Behind how many frames of the log commits are. Raises `Damage` where it is another database's log."""
+    with suppress(OSError), open(log_of(path), "rb", buffering=0) as file:
+        log = Log(file.fileno())
+        with open(path, "rb", buffering=0) as database:
+            said = page_bytes_of(database.read(HEADER_BYTES))
+        if log.sound and said not in (None, log.page_bytes):
+            raise Damage("the log is another database's")
+        return log.commits()
+    return []
+
+
+def _refuse_lost_commits(connection: sqlite3.Connection, path: Path, logged: list[int]) -> None:
+    """Raises `Damage` where SQLite stopped at a broken frame of the log, and sound commits come after it.
+
+    What a power cut tore looks like damage in the last commit, which nobody was told of: that is left out, as
+    SQLite does.
+    """
+    try:
+        seen = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()[1]
+    except sqlite3.OperationalError:  # a full disk: then it takes longer to know
+        seen = 0
+    beyond = [commit for commit in logged if commit > seen]
+    if not beyond:
+        return
+    with open(log_of(path), "rb", buffering=0) as file:
+        log = Log(file.fileno())
+        frames = log.frames()
+    broken = next((number for number, frame in enumerate(frames) if not frame.sound), len(frames))
+    torn = next((commit for commit in logged if commit > broken), len(frames)) if log.sound else 0
+    if any(frame.pages and frame.sound for frame in frames[torn:]):
+        raise Damage("the log is broken in its middle")
+
+
+def _look(connection: sqlite3.Connection, max_size: int) -> Found:
+    """Read all but the chunks themselves, which are looked at when they are taken."""
+    books: Books = Counter()
+    for joint, label, reason, total in connection.execute(BOOKS):
+        if not isinstance(total, int) or not all(isinstance(text, str) for text in (joint, label, reason)):
+            raise Damage("the books hold no numbers")
+        books[Entry(joint, label, reason)] = total
+    lanes = connection.execute(COUNT_LANES).fetchall()
+    for project, key, *numbers in lanes:
+        whole = isinstance(project, str) and isinstance(key, str | None)
+        if not whole or not all(isinstance(number, int) for number in numbers):
+            raise Damage("the index of the chunks is not what was written")
+    letters = Letters(connection, max_size)
+    if not balance(books, sum(events for *_, events, _ in lanes), letters.count):
+        raise Damage("the books do not balance")
+    connection.execute(ENDS).fetchone()
+    if connection.execute(NEWEST_ID).fetchone()[0] > MOST_IDS:
+        raise Damage("no id is left")
+    return Found(connection, books, lanes, letters, Notes(connection))
