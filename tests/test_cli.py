@@ -186,6 +186,20 @@ def test_without_an_agent(tmp_path: Path, verb: str) -> None:
     assert "no agent is running" in done.stderr
 
 
+def test_where_nothing_can_be_written() -> None:
+    """As in a container with a read-only root: `tempfile` finds no folder, and no traceback comes of it."""
+    no_files = ("sh", "-c", 'ulimit -f 0; exec "$@"', "sh")  # files of no more than 0 blocks
+    done = subprocess.run(
+        [*no_files, *COMMAND, "check", "--config", "/dev/null"],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**ENVIRONMENT, "CAPTURE_AGENT_API_KEY": "phc_test"},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_demo_once() -> None:
     """With no configuration and no account every sample event arrives."""
     done = run("demo", "--once")

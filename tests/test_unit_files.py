@@ -79,7 +79,14 @@ def test_an_instance_is_as_the_only_agent_is() -> None:
     """The template says the same but for its files."""
     one, many = map(settings, SERVICES)
     told = {name: (one[name], many[name]) for name in one | many if one[name] != many[name]}
-    assert told.keys() == {"Description", "ExecStart", "StateDirectory", "LoadCredential", "Also"}
+    assert told.keys() == {
+        "Description",
+        "ConditionFileNotEmpty",
+        "ExecStart",
+        "StateDirectory",
+        "LoadCredential",
+        "Also",
+    }
     assert all("%i" in value for _, values in told.values() for value in values)
 
 
@@ -90,6 +97,8 @@ def test_every_agent_has_its_sockets() -> None:
         service = "capture-agent@%i.service" if "@" in name else "capture-agent.service"
         assert unit["Service"] == ([] if name == "capture-agent@.socket" else [service])
         assert unit["WantedBy"] == [f"sockets.target {service}"]
+        # One whose service may not start fails when it was tried twenty times (TriggerLimitBurst=).
+        assert unit["ConditionFileNotEmpty"] == settings(service.replace("%i", ""))["ConditionFileNotEmpty"]
         if "udp" not in name:
             assert unit["SocketMode"] == ["0660"]
             assert unit["SocketGroup"] == ["capture-agent"]

@@ -9,8 +9,6 @@ if TYPE_CHECKING:
 
 def folders() -> "Paths":
     """Where sockets and buffer are on this host when nothing says otherwise."""
-    import tempfile
-
     from agent.config import default_paths
 
     return default_paths(
@@ -18,13 +16,23 @@ def folders() -> "Paths":
         runtime_writable=_may_make("/run/capture-agent"),
         state_writable=_may_make("/var/lib/capture-agent"),
         uid=os.getuid(),
-        tmp=tempfile.gettempdir(),
+        tmp=_temporary(),
     )
 
 
 def _may_make(folder: str) -> bool:
     place = folder if os.path.isdir(folder) else os.path.dirname(folder)
     return os.access(place, os.W_OK)
+
+
+def _temporary() -> str:
+    """The folder for temporary files; only its usual name where nothing can be written."""
+    import tempfile
+
+    try:
+        return tempfile.gettempdir()
+    except FileNotFoundError:
+        return "/tmp"  # noqa: S108  in a read-only container; who makes a folder in it is told why it fails
 
 
 def make_folders(config: "Config") -> None:
@@ -55,8 +63,6 @@ def make_folders(config: "Config") -> None:
 
 def runtime_folders() -> list[str]:
     """Where a running agent's sockets may be, the likeliest first."""
-    import tempfile
-
     from agent.config import default_paths
 
     here = folders().runtime
@@ -66,7 +72,7 @@ def runtime_folders() -> list[str]:
             runtime_writable=system,
             state_writable=system,
             uid=os.getuid(),
-            tmp=tempfile.gettempdir(),
+            tmp=_temporary(),
         ).runtime
         for system in (True, False)
     ]
