@@ -60,6 +60,7 @@ class Group:
         self.releases = releases
         self.takings = takings
         self.errands = errands
+        self.unserved: list[Asked[Taking]] = []  # the file could not be read, or written
         self.full = False  # puts were left out, as nothing has made room since the last try
         self.settled = False
         self.error = ""

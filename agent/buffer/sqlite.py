@@ -124,7 +124,7 @@ class SqliteBuffer(Desk):
             self._errands = [asked for asked in group.errands if not asked.what.done] + self._errands
             group.errands = [asked for asked in group.errands if asked.what.done]
             self._bell.set()
-        elif group.deposits or group.settlements:
+        elif group.deposits or group.settlements or group.unserved:
             self._tell_trouble(group.error)
             self._metrics.commit_seconds.observe(group.seconds)
         if group.settled:
@@ -136,7 +136,9 @@ class SqliteBuffer(Desk):
         self._full = any(asked.what.chunks for asked in waiting) or (group.full and bool(self._deposits))
         self._full = self._full and not group.damage
         self._deposits = waiting + self._deposits
-        if self._full or (self.trouble and (self._deposits or self._settlements)):
+        self._takings = group.unserved + self._takings
+        group.takings = [asked for asked in group.takings if asked not in group.unserved]
+        if self._full or group.unserved or (self.trouble and (self._deposits or self._settlements)):
             self._retry_at = min(self._retry_at, trio.current_time() + RETRY_SECONDS)
         ring(group.releases)
         ring(group.errands)
@@ -190,10 +192,20 @@ class SqliteBuffer(Desk):
         if (settlements or group.deposits) and (group.error or not self._store.reserve.held):
             self._store.give_back_room()
         group.seconds = time.perf_counter() - started
+        self._read(group)
+
+    def _read(self, group: Group) -> None:
+        """What comes after the writing."""
         for lease in group.releases:
             self._store.release(lease.what)
         for asked in group.takings:
-            self._store.take(asked.what)
+            try:
+                self._store.take(asked.what)
+            except sqlite3.Error as error:
+                if is_damage(error):
+                    raise
+                group.error = str(error)
+                group.unserved.append(asked)
         for errand in group.errands:
             try:
                 errand.what.work(self._store)

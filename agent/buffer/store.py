@@ -224,14 +224,14 @@ class Store:
 
     def _shed_damaged(self, lane: Lane, ids: Sequence[int]) -> None:
         """Let chunks go that are not as they were written; the index knows how many events they had."""
+        with self._transaction() as change:
+            for ident in ids:
+                self._shedding.shed(lane, ident, "damaged", change)
         log.error(
             "chunks in the buffer are damaged; their events are counted as damaged, the others go on",
             chunks=len(ids),
             hint="look for the disk's errors: dmesg",
         )
-        with self._transaction() as change:
-            for ident in ids:
-                self._shedding.shed(lane, ident, "damaged", change)
 
     def welcome(self) -> None:
         """Let keys that wait in a crowd have the lanes that are free."""

@@ -174,5 +174,5 @@ def _of_damage(connection: sqlite3.Connection, path: str) -> Finding:
 
 
 def _damaged(path: str, said: str) -> Finding:
-    hint = "look for the disk's errors (dmesg); keep a copy of it and its -wal before the agent starts on it"
+    hint = "look for the disk's errors (dmesg); the agent carries over what can be read, and keeps the file"
     return error(CHECK, path, f"the database is damaged: {' '.join(said.split())}", hint)

@@ -5,6 +5,7 @@ The long form (`-m slow`) flips a thousand bytes, and puts each named case befor
 
 import os
 import random
+import resource
 import shutil
 import signal
 import socket
@@ -355,6 +356,37 @@ async def test_damage_while_it_runs(tmp_path: Path) -> None:
         assert owed.items() >= got.items()
         assert 0 < lost == total(buffer, "shed", "damaged") <= 4000
     assert len(kept(path)) == 1
+
+
+async def test_damage_that_cannot_be_booked_waits(tmp_path: Path) -> None:
+    """Where a chunk is damaged and nothing can be written, delivery waits, and goes on by itself."""
+    path = tmp_path / "buffer.db"
+    chance = random.Random(4)
+    async with opened(path) as buffer:
+        for _ in range(4):
+            await put(buffer, chunk_of(events(chance, 100, 900)))
+    pages = Pages(path)
+    rows = [row for sheet in pages.sheets() for row in sheet.rows if len(row.pages) > 3]
+    pages.close()
+    flip((rows[0].pages[-1] - 1) * PAGE_BYTES + 50)(path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    async with opened(path) as buffer:
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2**15, hard))  # two pages of the log
+            with trio.move_on_after(0.5) as patience:
+                await take(buffer)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert patience.cancelled_caught
+        assert "I/O" in buffer.trouble
+        with trio.fail_after(5):
+            got: dict[str, bytes] = {}
+            while buffer.stats().events:  # what was taken for a caller that left comes back
+                got |= await drained(buffer)
+        assert len(got) == 300
+        assert total(buffer, "shed", "damaged") == 100
+        assert not buffer.trouble
+        assert_balanced(buffer)
 
 
 RESCUE = """
