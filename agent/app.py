@@ -7,7 +7,7 @@ starts must not make its senders wait.
 
 import resource
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -32,7 +32,7 @@ from agent.metrics import Metrics
 from agent.notify import Notices
 from agent.page_sockets import Page, page_sockets, tell_unused
 from agent.pulse import Pulse, status_line
-from agent.reload import SIGNALS, Plan, handover_of, hold_signals, planned, take_signals
+from agent.reload import SIGNALS, Anew, Plan, handover_of, hold_signals, planned, take_signals
 from agent.status import Reloaded
 from agent.systemd import NOTHING, Passed
 from agent.timekeeper import Timekeeper
@@ -59,8 +59,8 @@ KEPT_DESCRIPTORS = 64
 class Agent:
     """One agent; `ready` is set when its sources take events, setting `stop` ends it in order.
 
-    `handed` is what the agent that it replaces has left, `reread` gives the configuration as it is now, and
-    `check` is the command that has it checked. After a reload `handover` is what this one leaves.
+    `handed` is what the agent that it replaces has left, `anew` gives the configuration as it is now. After a
+    reload `handover` is what this one leaves.
     """
 
     def __init__(
@@ -70,8 +70,7 @@ class Agent:
         notices: Notices | None = None,
         *,
         handed: Handover | None = None,
-        reread: Callable[[], Config] | None = None,
-        check: Sequence[str] = (),
+        anew: Anew | None = None,
     ) -> None:
         self.config = config
         self.ready = trio.Event()
@@ -82,8 +81,7 @@ class Agent:
         self.handover: Handover | None = None
         self._passed = passed
         self._handed = handed or Handover(at=0)
-        self._reread = reread
-        self._check = check
+        self._anew = anew
         self._reloading = trio.Lock()
         self._settled = trio.Event()
         self._lock: int | None = None
@@ -117,12 +115,12 @@ class Agent:
         """Be replaced by an agent with the configuration as it is now; where that cannot be, go on."""
         async with self._reloading:
             await self._settled.wait()
-            if self._reread is None or self.stop.is_set():
+            if self._anew is None or self.stop.is_set():
                 return
             log.info("reloading")
             await self._notices.reloading()
             try:
-                plan = await planned(self.config, self._passed, self._reread, self._check)
+                plan = await planned(self.config, self._passed, self._anew)
             except AgentError as error:
                 await self._refuse(error)
                 return
@@ -138,8 +136,7 @@ class Agent:
 
     async def _refuse(self, error: AgentError) -> None:
         """Tell everybody that the new configuration is not used."""
-        text = "the reload was refused; the agent goes on as it was"
-        log.error(text, error=str(error), hint=error.hint)
+        log.error(f"the reload was refused, the agent goes on as it was: {error}", hint=error.hint)
         self._outside.reloaded = Reloaded(self._clock.now().wall, str(error))
         await self._notices.ready(f"reload refused, everything goes on as before: {error}")
 

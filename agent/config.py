@@ -4,7 +4,7 @@ Every default is written here and nowhere else. How a file becomes these structs
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 
@@ -15,6 +15,13 @@ KIB, MIB, GIB = 1024, 1024**2, 1024**3
 # How a value is written in the file; its type here is what the program computes with.
 Size = Annotated[int, msgspec.Meta(extra={"unit": "size"})]  # bytes
 Duration = Annotated[float, msgspec.Meta(extra={"unit": "duration"})]  # seconds
+
+
+class Text(NamedTuple):
+    """What a configuration's file said when it was read; `file` names it in messages."""
+
+    file: str
+    text: str
 
 
 class ConfigError(AgentError):

@@ -12,6 +12,7 @@ import msgspec
 import structlog
 
 from agent.accept.handed import HandedSource
+from agent.config import Text
 from agent.systemd import Bound
 
 log = structlog.get_logger("agent")
@@ -25,7 +26,7 @@ FIRST, LAST = 3, 1 << 16
 class Handover(msgspec.Struct, kw_only=True):
     """What is left: systemd's sockets by name, the agent's own, what sources had under way, the file's lock.
 
-    `at` is when, in microseconds since 1970.
+    `at` is when, in microseconds since 1970, and `config` the text that was checked for the next agent.
     """
 
     at: int
@@ -33,6 +34,7 @@ class Handover(msgspec.Struct, kw_only=True):
     own: Sequence[tuple[Bound, int]] = ()
     sources: Sequence[HandedSource] = ()
     lock: int | None = None
+    config: Text | None = None
 
     def descriptors(self) -> Iterator[int]:
         """All that must outlive the exec."""

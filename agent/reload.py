@@ -19,9 +19,10 @@ import trio
 
 from agent import AgentError
 from agent.accept.handed import place_of
-from agent.accept.sockets import bind_address, bind_unix, removed_at_the_end
+from agent.accept.inherit import WANTED
+from agent.accept.sockets import SocketError, bind_address, bind_unix, dress, removed_at_the_end
 from agent.accept.source import Source, bound
-from agent.config import Admin, Config, ConfigError
+from agent.config import Admin, Config, ConfigError, Text, Unix
 from agent.handover import VARIABLE, Handover, left
 from agent.source_checks import ADMIN_SOCKET
 from agent.systemd import Bound, Passed
@@ -30,6 +31,8 @@ from agent.systemd import Bound, Passed
 CHECK_SECONDS = 60.0
 # Of what the check said, for logs and pages: a screen.
 TOLD_CHARACTERS = 2000
+# How commands tell an error, and what to do about it (`cli/options.py`).
+NAMED, TRY = "capture-agent: ", "\n  try: "
 
 ADMIN_MODE = 0o660
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -39,10 +42,22 @@ class ReloadRefused(AgentError):
     """The agent cannot be replaced now; it goes on as it is."""
 
 
+class Anew(NamedTuple):
+    """How the configuration is read again: its text, what that means here, and a command that checks it.
+
+    The command is of the version that is installed now.
+    """
+
+    text: Callable[[], Text]
+    understood: Callable[[Text], Config]
+    check: Sequence[str]
+
+
 class Plan(NamedTuple):
-    """What the next agent will have: its settings, and sockets that are opened for it already."""
+    """What the next agent will have: its settings, their text, and sockets that are opened for it already."""
 
     config: Config
+    text: Text
     opened: Sequence[tuple[Bound, int]]
 
     @property
@@ -64,24 +79,34 @@ def admin_places(admin: Admin) -> list[Bound]:
     return [*places, Bound("tcp", admin.listen)] if admin.listen else places
 
 
-async def planned(config: Config, passed: Passed, reread: Callable[[], Config], check: Sequence[str]) -> Plan:
-    """Try everything that can fail. Raises `AgentError`, and then nothing has changed.
-
-    `reread` gives the new configuration as this version reads it, and the command `check` as the installed
-    one does, which is the judge.
-    """
+async def planned(config: Config, passed: Passed, anew: Anew) -> Plan:
+    """Try everything that can fail. Raises `AgentError`, and then nothing has changed."""
     if config.buffer.kind == "memory":
-        raise ReloadRefused(
-            "the buffer is in memory, and a reload would lose it", "restart the agent instead"
-        )
-    await _checked(check)
+        raise ReloadRefused("the buffer is in memory, and would be lost", "restart the agent instead")
+    text = await trio.to_thread.run_sync(anew.text)
+    await _checked(anew.check)
+    if await trio.to_thread.run_sync(anew.text) != text:
+        raise ReloadRefused(f"{text.file}: it was changed while it was read", "reload again")
     try:
-        new = await trio.to_thread.run_sync(reread)
+        new = await trio.to_thread.run_sync(anew.understood, text)
     except ConfigError:  # it is for a newer version, which will open for itself what it has more
-        return Plan(config, ())
-    if new.buffer.kind == "memory":
-        raise ReloadRefused("a buffer in memory cannot take over", "restart the agent instead")
-    return Plan(new, _open_new(config, new, passed))
+        return Plan(config, text, ())
+    if not _same_buffer(config, new):
+        raise ReloadRefused(
+            f"buffer.path: the events in {config.buffer.path} would be left behind",
+            "stop the agent, move the file (and its -wal, if there is one), and start the agent again",
+        )
+    try:
+        return Plan(new, text, _open_new(config, new, passed))
+    except SocketError as error:
+        hint = f"{error.hint}; where this agent itself is in the way, restart it"
+        raise ReloadRefused(str(error), hint) from error
+
+
+def _same_buffer(old: Config, new: Config) -> bool:
+    """Whether the events stay where they are."""
+    same = os.path.realpath(old.buffer.path) == os.path.realpath(new.buffer.path)
+    return same and old.buffer.kind == new.buffer.kind
 
 
 async def _checked(check: Sequence[str]) -> None:
@@ -98,8 +123,9 @@ async def _checked(check: Sequence[str]) -> None:
         hint = "is the host very busy? run `capture-agent check` by hand"
         raise ReloadRefused(f"the check took longer than {CHECK_SECONDS:.0f} s", hint) from None
     if done.returncode:
-        told = done.stderr.decode(errors="replace").strip()[-TOLD_CHARACTERS:]
-        raise ReloadRefused(told or f"the check ended with {done.returncode}", "mend it, and reload again")
+        told, _, hint = done.stderr.decode(errors="replace").strip().partition(TRY)
+        told = told.removeprefix(NAMED) or f"the check ended with {done.returncode}"
+        raise ReloadRefused(told[-TOLD_CHARACTERS:], hint or "mend it, and reload again")
 
 
 def _open_new(old: Config, new: Config, passed: Passed) -> list[tuple[Bound, int]]:
@@ -110,9 +136,11 @@ def _open_new(old: Config, new: Config, passed: Passed) -> list[tuple[Bound, int
         for settings in new.sources:
             place = place_of(settings)
             if settings.socket:
-                passed.expect(settings.socket, f"source {settings.name}")
+                passed.expect(settings.socket, WANTED[type(settings)], f"source {settings.name}")
             elif place in having:
                 having.remove(place)
+                if isinstance(settings, Unix):
+                    dress(settings.path, settings.mode, settings.group)
             else:
                 made.append((place, stack.enter_context(bound(settings)).sock))
         for place in admin_places(new.admin):
@@ -151,7 +179,7 @@ def handover_of(
             named[place.place] = [*named.get(place.place, ()), sock.detach()]
         elif place in plan.places:
             own.append((place, sock.detach()))
-    return Handover(at=at, passed=named, own=own, sources=handed, lock=lock)
+    return Handover(at=at, passed=named, own=own, sources=handed, lock=lock, config=plan.text)
 
 
 def check_command(config_file: str | None) -> list[str]:

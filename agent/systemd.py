@@ -66,6 +66,7 @@ class Passed:
         why_none: str = "",
         own: Sequence[tuple[Bound, int]] = (),
     ) -> None:
+        self._all = descriptors
         self._left = dict(descriptors)
         self._names = tuple(descriptors)
         self._why_none = why_none
@@ -91,10 +92,13 @@ class Passed:
         """Whether sockets of that name came, taken or not."""
         return name in self._names
 
-    def expect(self, name: str, who: str) -> None:
-        """Raises `ActivationError` where there is no socket of that name for `who`."""
-        if name not in self._names:
+    def expect(self, name: str, wanted: Sequence[Kind], who: str) -> None:
+        """Raises `ActivationError` where no socket of that name and kind came for `who`, taken or not."""
+        if name not in self._all:
             raise self._missing(name, who)
+        for descriptor in self._all[name]:
+            with socket.socket(fileno=os.dup(descriptor)) as sock:
+                _examine(sock, name, wanted, who)
 
     def rest(self) -> dict[str, Sequence[int]]:
         """The descriptors that nobody took, by name."""

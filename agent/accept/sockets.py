@@ -72,13 +72,21 @@ def take_unix(
     if found is None:
         return bind_unix(path, kind, mode, group)
     try:
+        dress(path, mode, group)
+    except SocketError:
+        found.close()
+        raise
+    return found
+
+
+def dress(path: str, mode: int, group: str) -> None:
+    """Give a socket file its mode and group. Raises `SocketError`."""
+    try:
         if group:
             os.chown(path, -1, _group_id(path, group))
         os.chmod(path, mode)
     except OSError as error:
-        found.close()
         raise _cannot_bind(path, error) from error
-    return found
 
 
 def _clear_the_way(path: str, kind: socket.SocketKind) -> None:

@@ -11,7 +11,7 @@ from agent.cli.places import folders
 
 if TYPE_CHECKING:
     from agent import AgentError
-    from agent.config import Config
+    from agent.config import Config, Text
 
 SYSTEM_FILE = "/etc/capture-agent/config.toml"
 # What stands for the file in messages where there is none.
@@ -93,10 +93,31 @@ def read_config(
     config_file: str | None, *, keys: bool = True, env: Mapping[str, str] = os.environ
 ) -> "Config":
     """The configuration in force. Raises `ConfigError` with every mistake when it is not valid."""
+    return understood(read_text(config_file), keys=keys, env=env)
+
+
+def read_text(config_file: str | None) -> "Text":
+    """What the configuration's file says; nothing where there is none. Raises `ConfigError`."""
+    from pathlib import Path
+
+    from agent.config import ConfigError, Text
+
+    file = config_file or (SYSTEM_FILE if Path(SYSTEM_FILE).exists() else None)
+    if file is None:
+        return Text(NO_FILE, "")
+    try:
+        return Text(file, Path(file).read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}", "give the file with --config FILE") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: not UTF-8 (byte {error.start})", "save it as UTF-8") from error
+
+
+def understood(text: "Text", *, keys: bool = True, env: Mapping[str, str] = os.environ) -> "Config":
+    """The configuration that a text says on this host. Raises `ConfigError` with every mistake."""
     import socket
     from pathlib import Path
 
-    from agent.config import ConfigError
     from agent.load import Surroundings, load
 
     around = Surroundings(
@@ -105,13 +126,4 @@ def read_config(
         hostname=socket.gethostname(),
         read_text=lambda path: Path(path).read_text("utf-8"),
     )
-    file = config_file or (SYSTEM_FILE if Path(SYSTEM_FILE).exists() else None)
-    if file is None:
-        return load("", around, file=NO_FILE, keys=keys)
-    try:
-        text = Path(file).read_text("utf-8")
-    except OSError as error:
-        raise ConfigError(f"{file}: {error.strerror}", "give the file with --config FILE") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{file}: not UTF-8 (byte {error.start})", "save it as UTF-8") from error
-    return load(text, around, file=file, keys=keys)
+    return load(text.text, around, file=text.file, keys=keys)

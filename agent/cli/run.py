@@ -21,13 +21,14 @@ def command(config_file: str | None) -> None:
 
     from agent import logs, notify, systemd
     from agent.app import Agent, run_until_signalled
-    from agent.cli.options import load_config, plainly, read_config
+    from agent.cli.options import plainly, read_text, understood
     from agent.cli.places import make_folders
     from agent.handover import found
-    from agent.reload import check_command, replace_process
+    from agent.reload import Anew, check_command, replace_process
 
     handed = found(os.environ)
-    config = load_config(config_file)
+    with plainly():
+        config = understood((handed and handed.config) or read_text(config_file))
     withheld = logs.set_up(config.log.level, config.log.format, os.environ)
     with plainly():
         passed = systemd.passed(os.environ)
@@ -39,8 +40,7 @@ def command(config_file: str | None) -> None:
             passed,
             notify.notices(os.environ),
             handed=handed,
-            reread=partial(read_config, config_file),
-            check=check_command(config_file),
+            anew=Anew(partial(read_text, config_file), understood, check_command(config_file)),
         )
         try:
             trio.run(partial(run_until_signalled, agent, hangs_up=os.isatty(0) or os.isatty(2)))

@@ -242,6 +242,65 @@ async def test_a_place_that_is_taken_refuses_the_reload(tmp_path: Path) -> None:
                 assert not (tmp_path / "free").exists()
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("/buffer.db", "/other.db", "would be left behind"),
+        ("/buffer.db", "/no/buffer.db", "would be left behind"),
+        ('path = "{0}/events.sock"', 'path = "{0}/events.sock"\ngroup = "nosuchgroup"', "there is no group"),
+        ('path = "{0}/events.dgram"', 'socket = "nosuchname"', "wants systemd's socket"),
+        ('api_key = "phc_test"', 'api_key = {{ file = "/nowhere" }}', "project.api_key"),
+        ("[project]", "[project", "Expected"),
+        ("", None, "No such file"),
+    ],
+)
+async def test_what_would_fail_after_the_reload_is_refused_before(
+    tmp_path: Path, old: str, new: str | None, told: str
+) -> None:
+    """An open connection is not even closed."""
+    async with serving(Sink()) as url:
+        config = configure(tmp_path, url)
+        async with running(config) as agent:
+            client = await trio.open_unix_socket(agent.stream)
+            await client.send_all(ASK + line()[:-5])
+            if new is None:
+                config.unlink()
+            else:
+                changed(config, old.format(tmp_path), new.format(tmp_path))
+            status = await reloaded(agent)
+            assert told in status["reload"]["error"]
+            assert "\n  try: " not in status["reload"]["error"]
+            assert told in agent.log()
+            await client.send_all(line()[-5:])
+            assert json.loads(await client.receive_some()) == {"accepted": 1, "rejected": 0}
+
+
+async def test_what_was_checked_is_what_is_used(tmp_path: Path) -> None:
+    """A file that is broken while the old agent waits for its last answers does not end the new one."""
+    async with serving(Sink(latency=4.0)) as url:
+        config = configure(tmp_path, url)
+        async with running(config) as agent:
+            client = await trio.open_unix_socket(agent.stream)
+            await client.send_all(ASK + line())
+            await trio.sleep(0.3)
+            agent.send(signal.SIGHUP)
+            tasks = Path(f"/proc/{agent.process.pid}/task")
+            for there in (True, False):  # the process that checks
+                with trio.fail_after(20):
+                    while any(one.read_text() for one in tasks.glob("*/children")) is not there:
+                        await trio.sleep(0.005)
+            await trio.sleep(0.3)
+            good = config.read_text()
+            config.write_text("{")
+            with trio.fail_after(20):
+                while "event=replaced" not in agent.log():
+                    await trio.sleep(0.01)
+            config.write_text(good)
+            status = await agent.until(delivered=1)
+            assert status["reload"] is not None
+            assert status["reload"]["error"] is None
+
+
 async def test_signals_wait_for_the_next_agent(tmp_path: Path) -> None:
     """Reloads that come together are done one after the other, and a stop among them is a stop in order."""
     async with serving(Sink()) as url, running(configure(tmp_path, url)) as agent:
