@@ -4,6 +4,7 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Generic, TypeVar
 
 import msgspec
+import structlog
 import trio
 
 from agent.buffer import (
@@ -21,6 +22,8 @@ from agent.buffer import (
 from agent.buffer.rows import Deposit, Settlement, Taking
 from agent.buffer.store import Store
 from agent.events import Chunk, Tally
+
+log = structlog.get_logger("buffer")
 
 
 class Errand(msgspec.Struct, eq=False):
@@ -85,7 +88,7 @@ class Desk:
         self._takings: list[Asked[Taking]] = []
         self._errands: list[Asked[Errand]] = []
         self._bell = trio.Event()
-        self._full = False  # the deposits that wait found no room
+        self._full = self._told_full = False  # the deposits that wait found no room
 
     async def put(self, chunks: Sequence[Chunk], tally: Tally) -> int:
         """See `Buffer.put`."""
@@ -182,6 +185,16 @@ class Desk:
     async def beyond(self, after: int, upto: int, size: int) -> Sequence[Shown]:
         """See `Contents.beyond`."""
         return await self._run(lambda store: store.copies.beyond(after, upto, size))
+
+    def _tell_full(self, *, full: bool) -> None:
+        """Whether the deposits that wait found no room; one line for each change."""
+        self._full = full
+        if full and not self._told_full:
+            hint = "mend what holds delivery (capture-agent status), or raise buffer.max_size and reload"
+            log.warning("the buffer is full; senders wait until events are delivered", hint=hint)
+        elif self._told_full and not full:
+            log.info("the buffer has room again")
+        self._told_full = full
 
     async def _run(self, work: Callable[[Store], R]) -> R:
         """Have something done with the store. Raises `BufferBroken` where that fails."""

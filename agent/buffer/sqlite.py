@@ -133,8 +133,8 @@ class SqliteBuffer(Desk):
             self._settlements = group.settlements + self._settlements
         ring(asked for asked in group.deposits if asked.what.taken is not None)
         waiting = [asked for asked in group.deposits if asked.what.taken is None and not asked.abandoned]
-        self._full = any(asked.what.chunks for asked in waiting) or (group.full and bool(self._deposits))
-        self._full = self._full and not group.damage
+        full = any(asked.what.chunks for asked in waiting) or (group.full and bool(self._deposits))
+        self._tell_full(full=full and not group.damage)
         self._deposits = waiting + self._deposits
         self._takings = group.unserved + self._takings
         group.takings = [asked for asked in group.takings if asked not in group.unserved]

@@ -193,6 +193,7 @@ async def test_a_key_is_mended_while_the_buffer_is_full(tmp_path: Path) -> None:
             status = await agent.until(delivered=count)
             assert status["books"]["balanced"]
             assert status["books"]["shed"] == {}
+            assert "the buffer is full; senders wait" in agent.log()
             assert json.loads(b"".join(told).splitlines()[-1]) == {"accepted": count, "rejected": 0}
     assert sorted(event.properties["n"] for event in sink.events) == list(range(count))
 
