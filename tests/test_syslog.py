@@ -6,16 +6,20 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from zoneinfo import ZoneInfo
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.decode import syslog_data, syslog_devices, syslog_line, syslog_time
 from agent.decode.lines import Lines
+from agent.decode.objects import Json
 from agent.decode.syslog import Syslog
 from agent.decode.syslog_time import Times
-from agent.envelope import Envelope, Flaws, Stamp, complete
+from agent.envelope import LONGEST, Envelope, Flaws, Stamp, complete
 from agent.events import Instant, Read
+from agent.pack import inflate
+from agent.vouch import Door, Rules
 
 BERLIN = ZoneInfo("Europe/Berlin")
 NOW = datetime(2026, 10, 15, 12, 0, tzinfo=UTC)
@@ -846,6 +850,21 @@ def test_a_message_that_is_an_event_is_that_event(front: str) -> None:
         '{"event":"a"} x',
         '{"a":{"event":"a"}}',
         '{"event":"a","properties":{"x":NaN}}',
+        '{"event":"a","uuid":"bad"}',
+        '{"event":"a","uuid":5}',
+        '{"event":"a","uuid":"{0190a6a6-4b3e-7c3f-9d2e-1f0a3b5c7d9-}"}',
+        '{"event":"' + "a" * 300 + '","uuid":"bad"}',
+        '{"event":"a","distinct_id":{}}',
+        '{"event":"a","distinct_id":true}',
+        '{"event":"a","properties":null}',
+        '{"event":"a","properties":[]}',
+        '{"event":"a","properties":"x"}',
+        '{"event":"a","properties":{"\\ud800":1}}',
+        '{"event":"a","properties":{"$cookieless_mode":1}}',
+        '{"event":"a","properties":{"$cookieless\\u005fmode":1}}',
+        '{"event":"a","$set":5}',
+        '{"event":"a","$set_once":[]}',
+        '{"event":"a","$groups":"x"}',
         '{"event":"a","x":' + "[" * 200 + "]" * 200 + "}",
         '["event"]',
         "@cee: x",
@@ -857,6 +876,72 @@ def test_other_json_stays_a_message(message: str) -> None:
     assert one(f"<13>Oct 11 22:14:15 h app: {message}")["message"] == message
     [one_alone, other] = envelopes_of(f"<13>Oct 11 22:14:15 h app: {message}".encode(), EVENT.encode())
     assert (one_alone.event, other.event) == ("syslog", "signup")
+
+
+# Fields of JSON messages as their programs may write them, right and wrong.
+FIELDS = {
+    "distinct_id": ['"user-42"', "42", "4.5", "null", '""', "true", "[]", '"' + "d" * 300 + '"'],
+    "uuid": [
+        *('""', "null", "5", '"bad"', '"0190a6a6-4b3e-7c3f-9d2e-1f0a3b5c7d9e"'),
+        *('"{0190a6a6-4b3e-7c3f-9d2e-1f0a3b5c7d9e}"', '"{0190a6a6-4b3e-7c3f-9d2e-1f0a3b5c7d9-}"'),
+    ],
+    "timestamp": ['"2026-10-11T22:14:15Z"', '"yesterday"', "1795000000", "{}", "null"],
+    "properties": [
+        *("{}", ' { "a": 1 } ', "null", "[]", "5", '{"a":"x\\ny"}', r'{"\ud800":1}', r'{"a":"\ud800"}'),
+        *('{"$cookieless_mode":true}', '{"$cookieless_mode":1}', r'{"$cookieless\u005fmode":1}'),
+        *('{"$set":{"a":1}}', '{"$set":5}', r'{"$set":{"\ud800":1}}', '{"a":1e999}', '{"$agent_uid":1}'),
+    ],
+    "$set": ['{"a":1}', "null", "5", r'{"\ud800":1}'],
+    "$set_once": ["{}", "[]"],
+    "$groups": ['{"a":"b"}', '"x"'],
+}
+MESSAGES = st.fixed_dictionaries(
+    {"event": st.sampled_from(['"signup"', '"signup"', '""', '"' + "e" * 300 + '"', r'"\u0073ignup"', "5"])},
+    optional={name: st.sampled_from(values) for name, values in FIELDS.items()},
+).map(lambda fields: "{" + ",".join(f'"{name}":{value}' for name, value in fields.items()) + "}")
+RULES = Rules(
+    source="s",
+    project="p",
+    properties={"site": "berlin"},
+    made={"$process_person_profile": False},
+    distinct_id="h",
+    max_event=10_000,
+    max_batch_events=1000,
+    max_batch_size=2**20,
+)
+
+
+def through(door: Door, lines: Sequence[str]) -> tuple[list[dict[str, Any]], list[int], int]:
+    """What comes of lines behind the door: the events, the lines that are refused, and the names cut."""
+    decoded = door.vouch([Read("\n".join(lines).encode() + b"\n", Instant(wall(NOW), 1, "boot"))], 1)
+    events = [
+        event
+        for chunk in decoded.chunks
+        for event in json.loads(b"[" + inflate(chunk.packed, chunk.size, chunk.crc) + b"]")
+    ]
+    return events, [reject.line for reject in decoded.rejects], decoded.tally.truncated
+
+
+@given(st.lists(MESSAGES, min_size=1, max_size=4))
+@settings(max_examples=400, deadline=None)
+def test_no_json_message_is_refused(messages: list[str]) -> None:
+    """It is the event that the door would make of it as JSON, or a text where the door would refuse it."""
+    plain = Door(msgspec.structs.replace(RULES, made={}), Json(RULES.max_event))
+    taken, refused, _ = through(plain, messages)
+    lines = [f"<13>Oct 11 22:14:15 h app: {message}" for message in messages]
+    events, lost, cut = through(Door(RULES, decoder()), lines)
+    assert (len(events), lost) == (len(messages), [])
+    assert cut == sum(LONGEST in {len(event["event"]), len(event["distinct_id"])} for event in events)
+    wanted = iter(taken)
+    for number, (event, message) in enumerate(zip(events, messages, strict=True)):
+        if number in refused:
+            assert (event["event"], event["distinct_id"]) == ("syslog", "h")
+            assert event["properties"]["message"] == message
+            assert event["properties"]["app"] == "app"
+        else:
+            alike = next(wanted)
+            names = ("event", "distinct_id", "properties", "options")
+            assert [event.get(name) for name in names] == [alike.get(name) for name in names]
 
 
 # --- what holds for all ----------------------------------------------------------------------------
