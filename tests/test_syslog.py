@@ -2,20 +2,24 @@
 
 import json
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from zoneinfo import ZoneInfo
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.decode import syslog_data, syslog_devices, syslog_line
+from agent.decode import syslog_data, syslog_devices, syslog_line, syslog_time
 from agent.decode.lines import Lines
+from agent.decode.objects import Json
 from agent.decode.syslog import Syslog
 from agent.decode.syslog_time import Times
-from agent.envelope import Envelope, Flaws, Stamp, complete
+from agent.envelope import LONGEST, Envelope, Flaws, Stamp, complete
 from agent.events import Instant, Read
+from agent.pack import inflate
+from agent.vouch import Door, Rules
 
 BERLIN = ZoneInfo("Europe/Berlin")
 NOW = datetime(2026, 10, 15, 12, 0, tzinfo=UTC)
@@ -324,6 +328,18 @@ def test_rfc3164(line: str, properties: tuple[str | None, ...]) -> None:
         ("Oct 11 22:14:15 +0100", "2026-10-11T22:14:15+01:00", None),
         ("Oct 11 22:14:15 +01:00", "2026-10-11T22:14:15+01:00", None),
         ("Oct 11 22:14:15Z", "2026-10-11T22:14:15Z", None),
+        ("Oct 11 22:14:15.5 JST", "2026-10-11T22:14:15.5+09:00", "2026-10-11T13:14:15.5Z"),
+        ("Oct 11 22:14:15 IST", "2026-10-11T22:14:15+05:30", None),
+        ("Oct 11 22:14:15 NZDT 2025", "2025-10-11T22:14:15+13:00", None),
+        ("Oct 11 22:14:15.5 -05", "2026-10-11T22:14:15.5-05:00", "2026-10-12T03:14:15.5Z"),
+        ("Oct 11 22:14:15+14", "2026-10-11T22:14:15+14:00", None),
+        ("2026-10-11 22:14:15.5+02", "2026-10-11T22:14:15.5+02:00", "2026-10-11T20:14:15.5Z"),
+        ("Oct 11 22:14:15 UTC+1", "2026-10-11T22:14:15+01:00", None),
+        ("Oct 11 22:14:15 GMT+2", "2026-10-11T22:14:15+02:00", None),
+        ("Oct 11 22:14:15 UTC+02:00", "2026-10-11T22:14:15+02:00", None),
+        ("Oct 11 22:14:15.5 UTC-5", "2026-10-11T22:14:15.5-05:00", "2026-10-12T03:14:15.5Z"),
+        ("Oct 11 22:14:15 UTC-0330", "2026-10-11T22:14:15-03:30", None),
+        ("Oct 11 22:14:15 GMT-03:30 2026", "2026-10-11T22:14:15-03:30", None),
         ("2016 Mar  1 18:46:11", "2016-03-01T18:46:11+01:00", None),
         ("Mar  1 2016 18:46:11", "2016-03-01T18:46:11+01:00", None),
         ("Mar  1 18:46:11 2016", "2016-03-01T18:46:11+01:00", None),
@@ -355,21 +371,82 @@ def test_times(time_text: str, stamp: str, utc: str | None) -> None:
         assert (properties["hostname"], properties["app"], properties["message"]) == ("h", "app", "x")
 
 
+# One place for each zone word but those for UTC, by the tz database.
+PLACES = {
+    "Europe/Lisbon": "WET WEST", "Europe/London": "GMT BST", "Europe/Berlin": "CET CEST",
+    "Europe/Helsinki": "EET EEST", "Europe/Moscow": "MSK", "Asia/Jerusalem": "IDT", "Africa/Lagos": "WAT",
+    "Africa/Maputo": "CAT", "Africa/Johannesburg": "SAST", "Africa/Nairobi": "EAT", "Asia/Karachi": "PKT",
+    "Asia/Kolkata": "IST", "Asia/Jakarta": "WIB", "Asia/Makassar": "WITA", "Asia/Jayapura": "WIT",
+    "Asia/Hong_Kong": "HKT", "Asia/Tokyo": "JST", "Asia/Seoul": "KST", "Australia/Perth": "AWST",
+    "Australia/Adelaide": "ACST ACDT", "Australia/Sydney": "AEST AEDT", "Pacific/Auckland": "NZST NZDT",
+    "America/New_York": "EST EDT", "America/Chicago": "CST CDT", "America/Denver": "MST MDT",
+    "America/Los_Angeles": "PST PDT", "America/Anchorage": "AKST AKDT", "America/Adak": "HST HDT",
+}  # fmt: skip
+# Places that the tz database tells by numbers now, and a name that some of its versions have no place for.
+OTHERS = {
+    "SGT": "Asia/Singapore",
+    "ART": "America/Argentina/Buenos_Aires",
+    "BRT": "America/Sao_Paulo",
+    "MET": "Europe/Berlin",
+    "MEST": "Europe/Berlin",
+}
+
+
+def test_zone_words() -> None:
+    """Every word is read as the tz database has it, behind the time of RFC 3164."""
+    read = {}
+    for word in syslog_time.ZONES:
+        properties = one(f"<13>Jul 24 17:59:59.500 {word} h a: tz")
+        assert (properties["hostname"], properties["app"], properties["message"]) == ("h", "a", "tz")
+        read[word] = datetime.fromisoformat(properties["syslog_timestamp"]).utcoffset()
+    zero = timedelta()
+    wanted: dict[str, timedelta | None] = {"Z": zero, "UTC": zero}
+    for place, words in PLACES.items():
+        for month in (1, 7):
+            moment = datetime(2026, month, 15, tzinfo=ZoneInfo(place))
+            if moment.tzname() in words.split():
+                wanted[str(moment.tzname())] = moment.utcoffset()
+    for word, place in OTHERS.items():
+        month = 7 if word == "MEST" else 1
+        wanted[word] = datetime(2026, month, 15, tzinfo=ZoneInfo(place)).utcoffset()
+    assert read == wanted
+
+
+@pytest.mark.parametrize("word", ["XYZ", "AST", "UTC+15", "UTC-5x", "UTC+", "-15", "+5", "CATS", "JSTX"])
+def test_what_no_table_knows_is_no_zone(word: str) -> None:
+    """It stands where the host's name does, and is taken for one."""
+    properties = one(f"<13>Oct 11 22:14:15.500 {word} h a: tz")
+    assert (properties["hostname"], properties["message"]) == (word, "h a: tz")
+    assert properties["syslog_timestamp"] == "2026-10-11T22:14:15.500+02:00"
+
+
 @pytest.mark.parametrize(
     ("time_text", "received", "stamp"),
     [
         ("Dec 31 23:59:59", "2027-01-01T00:00:01+01:00", "2026-12-31T23:59:59+01:00"),
         ("Jan  1 00:00:01", "2026-12-31T23:59:59+01:00", "2027-01-01T00:00:01+01:00"),
         ("Jan  1 00:00:01", "2027-01-01T00:00:02+01:00", "2027-01-01T00:00:01+01:00"),
-        ("Mar  1 00:00:01", "2026-11-01T00:00:00+01:00", "2027-03-01T00:00:01+01:00"),
+        ("Mar  1 00:00:01", "2026-11-01T00:00:00+01:00", "2026-03-01T00:00:01+01:00"),
+        ("Nov 25 12:00:00", "2026-11-24T23:00:00+01:00", "2026-11-25T12:00:00+01:00"),
+        ("Nov 27 12:00:00", "2026-11-24T23:00:00+01:00", "2025-11-27T12:00:00+01:00"),
+        # Past midnight in UTC+14, and still the day before the last in UTC-12, where it is received.
+        ("Jan  1 00:00:01 +14:00", "2026-12-30T22:00:01-12:00", "2027-01-01T00:00:01+14:00"),
         ("Feb 29 12:00:00", "2028-03-01T00:00:00+01:00", "2028-02-29T12:00:00+01:00"),
-        ("Feb 29 12:00:00", "2027-01-01T00:00:00+01:00", "2028-02-29T12:00:00+01:00"),
+        ("Feb 29 12:00:00", "2028-02-28T23:00:00+01:00", "2028-02-29T12:00:00+01:00"),
+        ("Feb 29 12:00:00", "2028-02-27T20:00:00+01:00", "2024-02-29T12:00:00+01:00"),
+        ("Feb 29 12:00:00", "2027-12-01T00:00:00+01:00", "2024-02-29T12:00:00+01:00"),
         ("Feb 29 12:00:00", "2025-01-01T00:00:00+01:00", "2024-02-29T12:00:00+01:00"),
-        ("Feb 29 12:00:00", "2099-06-01T00:00:00+01:00", "2096-02-29T12:00:00+01:00"),
+        ("Feb 29 12:00:00", "2104-02-01T00:00:00+01:00", "2096-02-29T12:00:00+01:00"),
         # Clocks go back at 3:00 on 25 October 2026: 2:30 is there twice.
         ("Oct 25 02:30:00", "2026-10-25T00:30:01+00:00", "2026-10-25T02:30:00+02:00"),
         ("Oct 25 02:30:00", "2026-10-25T01:30:01+00:00", "2026-10-25T02:30:00+01:00"),
         ("2026-10-25 02:30:00", "2026-10-25T01:30:01+00:00", "2026-10-25T02:30:00+01:00"),
+        ("Oct 25 02:50:00", "2026-10-25T01:25:00+00:00", "2026-10-25T02:50:00+02:00"),
+        # A clock may be five minutes ahead, and no more.
+        ("Oct 25 02:30:00", "2026-10-25T01:25:00+00:00", "2026-10-25T02:30:00+01:00"),
+        ("Oct 25 02:30:01", "2026-10-25T01:25:00+00:00", "2026-10-25T02:30:01+02:00"),
+        ("Oct 25 02:30:00", "2026-10-24T23:00:00+00:00", "2026-10-25T02:30:00+02:00"),
+        ("Oct 25 02:30:00", "2026-12-01T00:00:00+00:00", "2026-10-25T02:30:00+01:00"),
         # They go forward at 2:00 on 29 March 2026: 2:30 is not there.
         ("Mar 29 01:59:59", "2026-03-29T01:00:00+00:00", "2026-03-29T01:59:59+01:00"),
         ("Mar 29 02:30:00", "2026-03-29T01:30:00+00:00", "2026-03-29T02:30:00+01:00"),
@@ -380,6 +457,46 @@ def test_the_time_of_receipt_decides(time_text: str, received: str, stamp: str) 
     """Never a year or an hour off: at New Year, on leap days, and when the clocks are changed."""
     line = f"<13>{time_text} h app: x"
     assert one(line, at=datetime.fromisoformat(received))["syslog_timestamp"] == stamp
+
+
+ZONES = [ZoneInfo(name) for name in ("Europe/Berlin", "America/New_York", "Australia/Sydney", "UTC")]
+# Around the ends of summer time in the first three, New Year and a leap day, and at any time.
+WRITTEN = st.builds(
+    lambda moment, minutes: moment + timedelta(minutes=minutes),
+    st.sampled_from(
+        [
+            datetime(2026, 10, 25, 1, tzinfo=UTC),
+            datetime(2026, 11, 1, 6, tzinfo=UTC),
+            datetime(2026, 4, 4, 16, tzinfo=UTC),
+            datetime(2027, 1, 1, tzinfo=UTC),
+            datetime(2028, 2, 29, tzinfo=UTC),
+        ]
+    ),
+    st.one_of(st.floats(-90, 90), st.floats(-500_000, 500_000)),
+)
+
+
+def read_back(written: datetime, zone: ZoneInfo, late: timedelta) -> datetime:
+    """When a line without year and zone says that it was written; to the second."""
+    line = written.astimezone(zone).strftime("<13>%b %e %H:%M:%S h app: x")
+    return datetime.fromisoformat(one(line, at=written + late, by=decoder(zone=zone))["syslog_timestamp"])
+
+
+@given(WRITTEN, st.sampled_from(ZONES), st.floats(-4, 54))
+@settings(deadline=None)
+def test_a_line_that_comes_soon_keeps_its_instant(written: datetime, zone: ZoneInfo, minutes: float) -> None:
+    """Within an hour, less what a clock may be ahead, nothing is ambiguous."""
+    written = written.replace(microsecond=0)
+    assert read_back(written, zone, timedelta(minutes=minutes)) == written
+
+
+@given(WRITTEN, st.sampled_from(ZONES), st.floats(-24, 24 * 360))
+@settings(deadline=None)
+def test_a_line_that_comes_late_keeps_its_year(written: datetime, zone: ZoneInfo, hours: float) -> None:
+    """Up to nearly a year, or a day early, it says of what year it is."""
+    written = written.replace(microsecond=0).astimezone(zone)
+    found = read_back(written, zone, timedelta(hours=hours))
+    assert found.replace(tzinfo=None) == written.replace(tzinfo=None)
 
 
 def test_each_read_has_its_own_time_of_receipt() -> None:
@@ -406,9 +523,10 @@ def test_more_seconds_than_are_remembered() -> None:
 
 CONFIG = "Configured from console by vty2 (10.34.195.36)"
 SYS = {"app": "SYS", "msgid": "SYS-5-CONFIG_I", "message": CONFIG}
-MAR = {"syslog_timestamp": "2027-03-01T18:46:11+01:00"}
-UTC_MAR = {"syslog_timestamp": "2027-03-01T18:46:11Z"}
-PLUS_MAR = {"syslog_timestamp": "2027-03-01T19:46:11+01:00"}
+MAR = {"syslog_timestamp": "2026-03-01T18:46:11+01:00"}
+UTC_MAR = {"syslog_timestamp": "2026-03-01T18:46:11Z"}
+PLUS_MAR = {"syslog_timestamp": "2026-03-01T19:46:11+01:00"}
+AEST_MAR = {"syslog_timestamp": "2026-03-01T18:46:11+10:00"}
 R1_29 = {"hostname": "r1", "sequence": "29"}
 
 
@@ -418,7 +536,7 @@ R1_29 = {"hostname": "r1", "sequence": "29"}
         ("29: Mar  1 18:46:11: %SYS-5-CONFIG_I: " + CONFIG, {**SYS, **MAR, "sequence": "29"}),
         ("000029: *Mar  1 18:46:11: %SYS-5-CONFIG_I: " + CONFIG, {**SYS, **MAR, "sequence": "000029"}),
         ("29: .Mar  1 18:46:11 UTC: %SYS-5-CONFIG_I: " + CONFIG, {**SYS, **UTC_MAR, "sequence": "29"}),
-        ("29: Mar  1 18:46:11 AEST: %SYS-5-CONFIG_I: " + CONFIG, {**SYS, **MAR, "sequence": "29"}),
+        ("29: Mar  1 18:46:11 AEST: %SYS-5-CONFIG_I: " + CONFIG, {**SYS, **AEST_MAR, "sequence": "29"}),
         ("*Mar  1 18:46:11: %SYS-5-CONFIG_I: " + CONFIG, {**SYS, **MAR}),
         ("Mar  1 18:46:11: %SYS-5-CONFIG_I: " + CONFIG, {**SYS, **MAR}),
         (
@@ -429,7 +547,7 @@ R1_29 = {"hostname": "r1", "sequence": "29"}
             "29: 10.0.0.1: Mar  1 18:46:11: %SYS-5-CONFIG_I: " + CONFIG,
             {**SYS, **MAR, "sequence": "29", "hostname": "10.0.0.1"},
         ),
-        (": 2027 Mar  1 18:46:11 UTC: %SYS-5-CONFIG_I: " + CONFIG, {**SYS, **UTC_MAR}),
+        (": 2026 Mar  1 18:46:11 UTC: %SYS-5-CONFIG_I: " + CONFIG, {**SYS, **UTC_MAR}),
         ("29: %SYS-5-CONFIG_I: " + CONFIG, {**SYS, "sequence": "29"}),
         ("29: 00:01:27: %SYS-5-CONFIG_I: up", {**SYS, "sequence": "29", "message": "00:01:27: up"}),
         ("29: 1w2d: %SYS-5-CONFIG_I: up", {**SYS, "sequence": "29", "message": "1w2d: up"}),
@@ -445,7 +563,7 @@ R1_29 = {"hostname": "r1", "sequence": "29"}
                 "procid": "1052",
                 "msgid": "ROUTING-BGP-5-ADJCHANGE",
                 "message": "up",
-                "syslog_timestamp": "2027-03-01T18:46:11.5Z",
+                "syslog_timestamp": "2026-03-01T18:46:11.5Z",
             },
         ),
         (
@@ -478,7 +596,23 @@ R1_29 = {"hostname": "r1", "sequence": "29"}
         ("29: *Mar  1 18:46:11: r1 %SYS-5-CONFIG_I: x", {**SYS, **R1_29, **MAR, "message": "x"}),
         ("29: *Mar  1 18:46:11: r1: %SYS-5-CONFIG_I: x", {**SYS, **R1_29, **MAR, "message": "x"}),
         ("29: r1: Mar  1 18:46:11 UTC: NTP: (x) %y", {**R1_29, **UTC_MAR, "message": "NTP: (x) %y"}),
-        ("29: r1: Mar  1 18:46:11 AEST: a[1]: x", {**R1_29, **MAR, "message": "a[1]: x"}),
+        ("29: r1: Mar  1 18:46:11 AEST: a[1]: x", {**R1_29, **AEST_MAR, "message": "a[1]: x"}),
+        ("29: r1: Mar  1 18:46:11 XYZT: a[1]: x", {**R1_29, **MAR, "message": "a[1]: x"}),
+        (
+            "Mar  1 18:46:11 AEST r1: %SYS-5-CONFIG_I: x",
+            {**SYS, **AEST_MAR, "hostname": "r1", "message": "x"},
+        ),
+        ("Mar  1 18:46:11 aest: %SYS-5-CONFIG_I: x", {**SYS, **AEST_MAR, "message": "x"}),
+        (
+            "Mar  1 18:46:11 AEST: r1 %SYS-5-CONFIG_I: x",
+            {**SYS, **AEST_MAR, "hostname": "r1", "message": "x"},
+        ),
+        (
+            "Mar  1 19:46:11 UTC+1 r1: %SYS-5-CONFIG_I: x",
+            {**SYS, **PLUS_MAR, "hostname": "r1", "message": "x"},
+        ),
+        ("29: r1: Mar  1 19:46:11 GMT+1: a: x", {**R1_29, **PLUS_MAR, "message": "a: x"}),
+        ("29: r1: Mar  1 19:46:11 +01: a: x", {**R1_29, **PLUS_MAR, "message": "a: x"}),
         (": r1: Mar  1 18:46:11 UTC: x", {**UTC_MAR, "hostname": "r1", "message": "x"}),
         ("29: Mar  1 18:46:11: a: x", {**MAR, "sequence": "29", "message": "a: x"}),
         ("r1: Mar  1 18:46:11: x", {"app": "r1", "message": "Mar  1 18:46:11: x"}),
@@ -496,6 +630,28 @@ R1_29 = {"hostname": "r1", "sequence": "29"}
 def test_cisco(line: str, properties: dict[str, str]) -> None:
     """Sequence numbers, clocks that are not set, zones, names and mnemonics where Cisco puts them."""
     assert one(f"<189>{line}") == {**properties, "facility": "local7", "severity": "notice"}
+
+
+@pytest.mark.parametrize(
+    ("front", "timestamp"),
+    [
+        ("", "2026-10-15T11:59:58.250Z"),
+        (".", "2026-10-15T11:59:58.250Z"),
+        ("*", None),
+        ("29: ", "2026-10-15T11:59:58.250Z"),
+        ("29: .", "2026-10-15T11:59:58.250Z"),
+        ("29: *", None),
+        ("r1: 29: *", None),
+        ("29: r1: *", None),
+        ("r1: 29: .", "2026-10-15T11:59:58.250Z"),
+    ],
+)
+def test_a_clock_that_was_never_set(front: str, timestamp: str | None) -> None:
+    """Cisco's star: its time is kept, the event has that of the receipt; a dot only says that NTP is away."""
+    line = f"<189>{front}Oct 15 11:59:58.250 UTC: %SYS-5-CONFIG_I: x"
+    [envelope] = envelopes_of(line.encode())
+    assert envelope.timestamp == timestamp
+    assert json.loads(bytes(envelope.properties))["syslog_timestamp"] == "2026-10-15T11:59:58.250Z"
 
 
 def test_esxi() -> None:
@@ -694,6 +850,21 @@ def test_a_message_that_is_an_event_is_that_event(front: str) -> None:
         '{"event":"a"} x',
         '{"a":{"event":"a"}}',
         '{"event":"a","properties":{"x":NaN}}',
+        '{"event":"a","uuid":"bad"}',
+        '{"event":"a","uuid":5}',
+        '{"event":"a","uuid":"{0190a6a6-4b3e-7c3f-9d2e-1f0a3b5c7d9-}"}',
+        '{"event":"' + "a" * 300 + '","uuid":"bad"}',
+        '{"event":"a","distinct_id":{}}',
+        '{"event":"a","distinct_id":true}',
+        '{"event":"a","properties":null}',
+        '{"event":"a","properties":[]}',
+        '{"event":"a","properties":"x"}',
+        '{"event":"a","properties":{"\\ud800":1}}',
+        '{"event":"a","properties":{"$cookieless_mode":1}}',
+        '{"event":"a","properties":{"$cookieless\\u005fmode":1}}',
+        '{"event":"a","$set":5}',
+        '{"event":"a","$set_once":[]}',
+        '{"event":"a","$groups":"x"}',
         '{"event":"a","x":' + "[" * 200 + "]" * 200 + "}",
         '["event"]',
         "@cee: x",
@@ -705,6 +876,72 @@ def test_other_json_stays_a_message(message: str) -> None:
     assert one(f"<13>Oct 11 22:14:15 h app: {message}")["message"] == message
     [one_alone, other] = envelopes_of(f"<13>Oct 11 22:14:15 h app: {message}".encode(), EVENT.encode())
     assert (one_alone.event, other.event) == ("syslog", "signup")
+
+
+# Fields of JSON messages as their programs may write them, right and wrong.
+FIELDS = {
+    "distinct_id": ['"user-42"', "42", "4.5", "null", '""', "true", "[]", '"' + "d" * 300 + '"'],
+    "uuid": [
+        *('""', "null", "5", '"bad"', '"0190a6a6-4b3e-7c3f-9d2e-1f0a3b5c7d9e"'),
+        *('"{0190a6a6-4b3e-7c3f-9d2e-1f0a3b5c7d9e}"', '"{0190a6a6-4b3e-7c3f-9d2e-1f0a3b5c7d9-}"'),
+    ],
+    "timestamp": ['"2026-10-11T22:14:15Z"', '"yesterday"', "1795000000", "{}", "null"],
+    "properties": [
+        *("{}", ' { "a": 1 } ', "null", "[]", "5", '{"a":"x\\ny"}', r'{"\ud800":1}', r'{"a":"\ud800"}'),
+        *('{"$cookieless_mode":true}', '{"$cookieless_mode":1}', r'{"$cookieless\u005fmode":1}'),
+        *('{"$set":{"a":1}}', '{"$set":5}', r'{"$set":{"\ud800":1}}', '{"a":1e999}', '{"$agent_uid":1}'),
+    ],
+    "$set": ['{"a":1}', "null", "5", r'{"\ud800":1}'],
+    "$set_once": ["{}", "[]"],
+    "$groups": ['{"a":"b"}', '"x"'],
+}
+MESSAGES = st.fixed_dictionaries(
+    {"event": st.sampled_from(['"signup"', '"signup"', '""', '"' + "e" * 300 + '"', r'"\u0073ignup"', "5"])},
+    optional={name: st.sampled_from(values) for name, values in FIELDS.items()},
+).map(lambda fields: "{" + ",".join(f'"{name}":{value}' for name, value in fields.items()) + "}")
+RULES = Rules(
+    source="s",
+    project="p",
+    properties={"site": "berlin"},
+    made={"$process_person_profile": False},
+    distinct_id="h",
+    max_event=10_000,
+    max_batch_events=1000,
+    max_batch_size=2**20,
+)
+
+
+def through(door: Door, lines: Sequence[str]) -> tuple[list[dict[str, Any]], list[int], int]:
+    """What comes of lines behind the door: the events, the lines that are refused, and the names cut."""
+    decoded = door.vouch([Read("\n".join(lines).encode() + b"\n", Instant(wall(NOW), 1, "boot"))], 1)
+    events = [
+        event
+        for chunk in decoded.chunks
+        for event in json.loads(b"[" + inflate(chunk.packed, chunk.size, chunk.crc) + b"]")
+    ]
+    return events, [reject.line for reject in decoded.rejects], decoded.tally.truncated
+
+
+@given(st.lists(MESSAGES, min_size=1, max_size=4))
+@settings(max_examples=400, deadline=None)
+def test_no_json_message_is_refused(messages: list[str]) -> None:
+    """It is the event that the door would make of it as JSON, or a text where the door would refuse it."""
+    plain = Door(msgspec.structs.replace(RULES, made={}), Json(RULES.max_event))
+    taken, refused, _ = through(plain, messages)
+    lines = [f"<13>Oct 11 22:14:15 h app: {message}" for message in messages]
+    events, lost, cut = through(Door(RULES, decoder()), lines)
+    assert (len(events), lost) == (len(messages), [])
+    assert cut == sum(LONGEST in {len(event["event"]), len(event["distinct_id"])} for event in events)
+    wanted = iter(taken)
+    for number, (event, message) in enumerate(zip(events, messages, strict=True)):
+        if number in refused:
+            assert (event["event"], event["distinct_id"]) == ("syslog", "h")
+            assert event["properties"]["message"] == message
+            assert event["properties"]["app"] == "app"
+        else:
+            alike = next(wanted)
+            names = ("event", "distinct_id", "properties", "options")
+            assert [event.get(name) for name in names] == [alike.get(name) for name in names]
 
 
 # --- what holds for all ----------------------------------------------------------------------------
@@ -761,6 +998,10 @@ PARTS = st.sampled_from(
             "a b: c",
             "r1: ",
             " CST 1987 ",
+            " JST ",
+            " UTC-5 ",
+            " GMT-0330",
+            " -05",
             " UTC+1: ",
             " METDST: ",
             "Message forwarded from h: ",

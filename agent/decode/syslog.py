@@ -9,10 +9,11 @@ import msgspec
 from msgspec import Raw
 
 from agent.decode.lines import Lines
+from agent.decode.syslog_event import OPENERS, embedded
 from agent.decode.syslog_line import parse
 from agent.decode.syslog_time import Times
 from agent.decode.syslog_words import Parsed, Properties
-from agent.envelope import LONGEST, Envelope, Flaws, examine
+from agent.envelope import LONGEST, Envelope, Flaws
 from agent.events import Read, Reject, sample
 
 # The event of a line whose template comes to nothing.
@@ -22,9 +23,6 @@ EVENT = "syslog"
 _ENDS = b"\r\0"
 _BLANK = b" \t\v\f" + _ENDS
 _FIELD = re.compile(r"\{(app|severity|hostname)\}")
-# What a message that may be JSON begins with, and what marks it as such (https://github.com/CEE).
-_OPENERS = frozenset(("{", "@", " "))
-_COOKIE = "@cee:"
 
 _encode_lines = msgspec.json.Encoder().encode_lines
 
@@ -93,7 +91,9 @@ class Syslog:
             if (known := named.get(fields)) is None:
                 known = named[fields] = self._named(said)
             event, who, cut = known
-            envelope = self._embedded(said.message, who, flaws) if said.message[:1] in _OPENERS else None
+            envelope = None
+            if said.message[:1] in OPENERS:
+                envelope = embedded(said.message, who, self._max_event, flaws)
             if envelope is None:
                 envelope = Envelope(event, who, None, stamp, Raw(raw))
                 if cut:
@@ -119,19 +119,6 @@ class Syslog:
         )
         event, who = event if event.strip() else EVENT, who if who.strip() else self._hostname
         return event[:LONGEST], who[:LONGEST], len(event) > LONGEST or len(who) > LONGEST
-
-    def _embedded(self, message: str, who: str, flaws: Flaws) -> Envelope | None:
-        """The event that a message is; None where it is none that the door would let in."""
-        text = message.lstrip(" ").removeprefix(_COOKIE).lstrip(" ")
-        if not text.startswith("{") or '"event"' not in text:
-            return None
-        # A newline is white space in JSON; an event is one line.
-        envelope = examine(text.replace("\n", " ").encode(), self._max_event, flaws)
-        if isinstance(envelope, str):
-            return None
-        if envelope.distinct_id is None or not str(envelope.distinct_id).strip():
-            envelope.distinct_id = who
-        return envelope
 
 
 def _texts(lines: Sequence[bytes]) -> Iterable[str]:

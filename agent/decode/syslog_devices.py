@@ -11,12 +11,13 @@ _ISO = rf"[0-9]{{4}}-[0-9]{{2}}-[0-9]{{2}}[Tt ]{_CLOCK}"
 _YEAR_BEHIND = "(?: [12][0-9]{3}(?![^ :])|)"
 # The year, if at all, in front, in the middle or, as ctime(3) has it, behind.
 _BSD = rf"(?:[0-9]{{4}} |)[A-Za-z]{{3}} {{1,2}}[0-9]{{1,2}} (?:[0-9]{{4}} |){_CLOCK}{_YEAR_BEHIND}"
-_OFFSET = "[+-][0-9]{2}:?[0-9]{2}"
+# With hours alone, only offsets that some place has: UTC-12 to UTC+14.
+_OFFSET = "[+-](?:[0-9]{2}:?[0-9]{2}|0[0-9]|1[0-4])"
 # A zone, and those that only Cisco's mnemonic behind tells from a name: in small letters, or not known here.
 _ZONES, _SMALL_ZONES = "|".join(ZONES), "|".join(ZONES).lower()
 _ZONE = (
     rf"(?P<zone>(?:{_ZONES}|{_OFFSET})(?![^ :])|(?:{_SMALL_ZONES})(?=: ?%))"
-    r"|(?:(?:UTC|GMT)(?P<ahead>[+-][0-9]{1,2}(?::?[0-9]{2})?)|[A-Z]{2,6})(?=: ?%)"
+    r"|(?:UTC|GMT)(?P<ahead>[+-](?:0?[0-9]|1[0-4])(?::?[0-5][0-9]|))(?![^ :])|[A-Z]{2,6}(?=: ?%)"
 )
 # As date(1) has it, the year stands behind the zone.
 _TIME = (
@@ -37,13 +38,14 @@ _MNEMONIC = re.compile(f"%(?P<msgid>(?P<app>{_FACILITY}){_SEVERITY_MNEMONIC}) ?:
 _WEEKS = "(?:[0-9]{1,4}[ywdhms]){1,4}"
 _UPTIME = rf"(?:{_WEEKS}|[0-9:.]{{7,16}}): "
 # What Cisco writes in front of the time: a lone colon, its name and the sequence number, in either order, and
-# whether its clock is set.
+# what is wrong with its clock: `*` where it was never set, or not by anything reliable, `.` where it was, and
+# only NTP is away. What a `*` stands before is no time that an event can have.
 _NAME = rf"(?!(?:[0-9]+|{_WEEKS}):)[A-Za-z0-9_./-]{{1,255}}+"
 _HEAD = (
     rf"(?:(?P<lone>: ?)|)(?:(?P<host>{_NAME}): ?|)"
     rf"(?:(?P<sequence>[0-9]{{1,20}}+):(?: |(?![0-9]))(?(host)|(?:(?P<name>{_NAME}): ?|))|)"
 )
-_FRONT = re.compile(rf"{_HEAD}(?:[*.]|){_TIME}")
+_FRONT = re.compile(rf"{_HEAD}(?:(?P<unset>\*)|\.|){_TIME}")
 _UNTIMED = re.compile(rf"{_HEAD}(?P<uptime>{_UPTIME}|)(?=%|\S{{1,255}}: %)")
 # What may stand behind the time: a zone that is not known and, behind Cisco's colon, the device's name.
 _UNKNOWN_ZONE = re.compile(" [A-Z]{2,6}(?=:)")
@@ -68,7 +70,7 @@ def read_bare(line: str, times: Times) -> Parsed | None:
 
 def _timed(text: str, front: re.Match[str], priority: Priority, times: Times) -> Parsed | None:
     """A line with a time; None where there is no such date, or a tag and a time look like Cisco's head."""
-    lone, host, sequence, name, when, _, fraction, zone, ahead, offset, year = front.groups()
+    lone, host, sequence, name, unset, when, _, fraction, zone, ahead, offset, year = front.groups()
     told = times.told(when + year if year else when, fraction, offset or zone or _ahead(ahead))
     if told is None:
         return None
@@ -86,7 +88,7 @@ def _timed(text: str, front: re.Match[str], priority: Priority, times: Times) ->
             properties.message = rest[1:].removeprefix(" ").removeprefix("\ufeff")
         elif name is not None:
             return None
-    return properties, told[1]
+    return properties, None if unset else told[1]
 
 
 def _ahead(ahead: str | None) -> str:

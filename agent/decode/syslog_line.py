@@ -18,7 +18,7 @@ _RFC5424 = re.compile(
 # What most lines of RFC 3164 look like; whatever it does not fit is read by the whole grammar, with the same
 # result. Cisco's mnemonic and a byte order mark in front of the message are left to that, too.
 _COMMON = re.compile(
-    r"(?:<([0-9]{1,3})>|)(?:([A-Z][a-z]{2} [ 0-9][0-9] [0-9:]{8})(?! [12][0-9]{3}[ :])"
+    r"(?:<([0-9]{1,3})>|)(?:([A-Z][a-z]{2} [ 0-9][0-9] [0-9:]{8})(?! (?:[12][0-9]{3}[ :]|UTC-|GMT-))"
     r"|(.{10}T[0-9:]{8})(?:\.([0-9]{1,6})|)(Z|[+-][0-9]{2}:[0-9]{2})) "
     r"(?:([a-zA-Z0-9_.][a-zA-Z0-9_.-]*+) |)"
     r"(?:([a-zA-Z0-9_./()][a-zA-Z0-9_./()-]{0,127}+)(?:\[([a-zA-Z0-9_.][a-zA-Z0-9_.-]*+)\]|):(?: |\Z)"

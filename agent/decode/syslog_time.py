@@ -5,10 +5,18 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta, tzinfo
 from typing import NamedTuple
 
-# Zone words that devices write behind a time, as offsets in minutes.
+# Zone words that devices write behind a time, as offsets in minutes (tz database). Where several places use a
+# word, the one with the most hosts: BST is Britain's, CST and PST are America's, IST is India's and neither
+# Ireland's nor Israel's. AST, GST, NST and SST are not here: nobody can say whose they are.
 ZONES = {
-    "Z": 0, "UTC": 0, "GMT": 0, "BST": 60, "CET": 60, "CEST": 120,
-    "EST": -300, "EDT": -240, "CST": -360, "CDT": -300, "MST": -420, "MDT": -360, "PST": -480, "PDT": -420,
+    "Z": 0, "UTC": 0, "GMT": 0, "BST": 60, "WET": 0, "WEST": 60, "CET": 60, "CEST": 120,
+    "MET": 60, "MEST": 120, "EET": 120, "EEST": 180, "MSK": 180, "IDT": 180,
+    "WAT": 60, "CAT": 120, "SAST": 120, "EAT": 180,
+    "PKT": 300, "IST": 330, "WIB": 420, "WITA": 480, "WIT": 540, "HKT": 480,
+    "SGT": 480, "JST": 540, "KST": 540,
+    "AWST": 480, "ACST": 570, "ACDT": 630, "AEST": 600, "AEDT": 660, "NZST": 720, "NZDT": 780,
+    "ART": -180, "BRT": -180, "EST": -300, "EDT": -240, "CST": -360, "CDT": -300, "MST": -420, "MDT": -360,
+    "PST": -480, "PDT": -420, "AKST": -540, "AKDT": -480, "HST": -600, "HDT": -540,
 }  # fmt: skip
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
@@ -18,12 +26,16 @@ _ISO = re.compile(r"([0-9]{4})-([0-9]{2})-([0-9]{2})[Tt ]" + _CLOCK)
 _BSD = re.compile(
     r"(?:([0-9]{4}) )?([A-Za-z]{3}) {1,2}([0-9]{1,2})(?: ([0-9]{4}))? " + _CLOCK + "(?: ([0-9]{4}))?"
 )
-_OFFSET = re.compile(r"([+-])([01][0-9]|2[0-3]):?([0-5][0-9])")
+_OFFSET = re.compile(r"([+-])([01][0-9]|2[0-3])(?::?([0-5][0-9]))?")
 
 _MICROSECONDS_A_MINUTE = 60_000_000
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 # From one leap day to the next can be eight years (1896 to 1904).
 _LEAP_YEARS = 8
+# How far a clock may be ahead of ours: what Kerberos allows by default (clockskew in krb5.conf).
+_CLOCK_AHEAD = timedelta(minutes=5)
+# The same for a day without a year, as the line's zone may be any: the farthest are UTC-12 and UTC+14.
+_DAY_AHEAD = timedelta(hours=26) + _CLOCK_AHEAD
 # Seconds that are remembered: more than a minute's lines of a host tell, in half a MiB.
 _REMEMBERED = 1024
 
@@ -38,7 +50,11 @@ class Moment(NamedTuple):
 
 
 class Times:
-    """Reads the times of lines that are received at a moment, in a zone where they name none."""
+    """Reads the times of lines that are received at a moment, in a zone where they name none.
+
+    Lines come late, not early. Of the readings that a time has, of a year or of an hour that is there twice,
+    it is the latest that is not later than the receipt.
+    """
 
     def __init__(self, zone: tzinfo) -> None:
         self._zone = zone
@@ -85,10 +101,10 @@ class Times:
                 before, name, date, between, *digits, behind = found.groups()
                 clock = [int(number) for number in digits]
                 years = [year for year in (before, between, behind) if year]
-                dated = self._dated(years[0] if years else None, _MONTH.get(name.capitalize(), 0), int(date))
-                if dated is None or len(years) > 1:
+                if len(years) > 1:
                     return None
-                local = dated
+                month, day = _MONTH.get(name.capitalize(), 0), int(date)
+                local = datetime(int(years[0]), month, day) if years else self._dated(month, day)  # noqa: DTZ001
             else:
                 return None
             hour, minute, second = clock
@@ -98,17 +114,15 @@ class Times:
             return None
         return self._placed(local, zone)
 
-    def _dated(self, year: str | None, month: int, day: int) -> datetime | None:
-        """A date; without a year, that of the year that brings it nearest to the receipt."""
-        if year is not None:
-            return datetime(int(year), month, day)  # noqa: DTZ001
-        here = self._here
-        reach = _LEAP_YEARS if (month, day) == (2, 29) else 1
-        dates = []
-        for near in range(here.year - reach, here.year + reach + 1):
+    def _dated(self, month: int, day: int) -> datetime:
+        """A date without a year: the latest that there is, but for clocks that are ahead."""
+        latest = self._here + _DAY_AHEAD
+        for year in range(latest.year, latest.year - _LEAP_YEARS - 1, -1):
             with suppress(ValueError):
-                dates.append(datetime(near, month, day))  # noqa: DTZ001
-        return min(dates, key=lambda date: abs(date - here), default=None)
+                date = datetime(year, month, day)  # noqa: DTZ001
+                if date <= latest:
+                    return date
+        raise ValueError(f"no year has the day {day} of the month {month}")
 
     def _placed(self, local: datetime, zone: str) -> Moment | None:
         """A local time with its offset and in UTC."""
@@ -134,11 +148,11 @@ class Times:
             found = _OFFSET.fullmatch(zone)
             if found is None:
                 return None
-            offset = timedelta(hours=int(found[2]), minutes=int(found[3]))
+            offset = timedelta(hours=int(found[2]), minutes=int(found[3] or 0))
             return -offset if found[1] == "-" else offset
         first = self._zone.utcoffset(local) or timedelta()
         second = self._zone.utcoffset(local.replace(fold=1)) or timedelta()
-        if first > second:  # an hour that is there twice: the nearer to the receipt
-            aware = local.replace(tzinfo=UTC)
-            return min(first, second, key=lambda offset: abs(aware - offset - self._received))
+        # An hour that is there twice: the second time, unless that is still to come.
+        if first > second and local.replace(tzinfo=UTC) - second <= self._received + _CLOCK_AHEAD:
+            return second
         return first
