@@ -329,3 +329,17 @@ def test_acls_are_read() -> None:
     assert by(6, 1, 4244) == 6
     assert by(6, 1, 0) == 4
     assert by(6, 1, 1) == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to another user")
+def test_a_dynamic_user_has_a_way_of_its_own(open_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """systemd mounts a service's folder for it: that only root may enter the one around it is no obstacle."""
+    private = open_folder / "private"
+    state = private / "capture-agent"
+    state.mkdir(parents=True)
+    private.chmod(0o700)
+    os.chown(state, 61234, 61234)
+    who = access.person("61234")
+    assert f"may not enter {private}" in access.obstacle(str(state), who)
+    monkeypatch.setattr(access, "PRIVATE", str(private))
+    assert access.obstacle(str(state), who) == ""

@@ -27,6 +27,9 @@ _ACL_VERSION = struct.Struct("<I")
 _ACL_ENTRY = struct.Struct("<HHI")
 _USER_OBJ, _USER, _GROUP_OBJ, _GROUP, _MASK, _OTHER = 1, 2, 4, 8, 16, 32
 
+# Only root may enter it; a service with DynamicUser= has its own part of it mounted (systemd.exec(5)).
+PRIVATE = "/var/lib/private"
+
 # What the child exits with where it could not become the user; no errno is so high.
 NOT_BECOME = 255
 
@@ -80,6 +83,8 @@ def obstacle(path: str, who: Person, want: int = WRITE) -> str:
     Raises OSError where we may not look ourselves, or the way leads nowhere.
     """
     for step, found in _steps(path):
+        if step == PRIVATE:
+            continue
         last = not stat.S_ISDIR(found.st_mode) or step == os.path.realpath(path)
         bits = want if last else ENTER
         if not bits & ~_permissions(step, found, who):
