@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import tarfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -247,6 +248,17 @@ def status(system: Entered) -> dict[str, object]:
     return document
 
 
+def reloaded(system: Entered, before: object) -> dict[str, object]:
+    """What the agent says of a reload, once it was refused or another agent answers."""
+    for _ in range(300):
+        asked = system.run("capture-agent", "status", "--json", "--config", "/srv/admin.toml")
+        if asked.returncode == 0 and (told := json.loads(asked.stdout)["reload"]) != before:
+            found: dict[str, object] = told
+            return found
+        time.sleep(0.1)
+    raise AssertionError(asked.stderr)
+
+
 @pytest.mark.slow
 @needs_root
 @on_a_system
@@ -297,6 +309,24 @@ def test_a_life_under_systemd(root: Path, tmp_path: Path) -> None:
         assert system.do("systemctl", "list-units", "--failed", "--no-legend") == ""
         with sink(system, log):
             arrived(log, "kept")
+
+        # A reload in the sandbox is the same process; a bad configuration changes nothing and is told.
+        process = system.do("systemctl", "show", "-P", "MainPID", "capture-agent")
+        config = root / "etc/capture-agent/config.toml"
+        (root / "srv/admin.toml").write_text('[admin]\nsocket = "/run/capture-agent/admin.sock"\n')
+        for text, refused in ((edited, False), (edited + "\n[nonsense]\n", True)):
+            before_it = status(system)["reload"]
+            config.write_text(text)
+            system.do("systemctl", "reload", "capture-agent")
+            reload = reloaded(system, before_it)
+            assert reload["refused"] is refused, reload
+            assert system.do("systemctl", "show", "-P", "MainPID", "capture-agent") == process
+        assert "nonsense" in system.do("systemctl", "show", "-P", "StatusText", "capture-agent")
+        config.write_text(edited)
+        (root / "srv/admin.toml").unlink()
+        with sink(system, log):
+            system.do("capture-agent", "send", "reloaded", "--distinct-id", "a")
+            arrived(log, "reloaded")
 
         # Removed, the buffer and the configuration stay, and nothing listens; again installed, it goes on.
         system.do("dpkg", "--remove", "capture-agent")

@@ -41,8 +41,8 @@ def host(tmp_path: Path) -> Path:
     folder = tmp_path / "usr/lib/systemd/system"
     shutil.copytree(HOSTS, folder, symlinks=True)
     shutil.copytree(UNITS, folder, dirs_exist_ok=True)
-    for command in ("capture-agent", "kill"):
-        place = tmp_path / "usr/bin" / command
+    for command in ("usr/bin/capture-agent", "bin/sh"):
+        place = tmp_path / command
         place.parent.mkdir(exist_ok=True)
         place.touch(0o755)
     return tmp_path

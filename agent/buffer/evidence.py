@@ -58,7 +58,9 @@ def trim(path: Path, most: int) -> None:
         return
     log_of(files[0]).unlink(missing_ok=True)
     os.truncate(files[0], min(most, files[0].stat().st_size))
-    log.warning("of a damaged buffer only the beginning is kept as evidence", file=str(files[0]), bytes=most)
+    hint = "raise buffer.max_size to keep more the next time: evidence may take a quarter of it"
+    text = "of a damaged buffer only the beginning is kept as evidence"
+    log.warning(text, file=str(files[0]), bytes=most, hint=hint)
 
 
 def make_room(path: Path, most: int) -> None:
@@ -70,6 +72,8 @@ def make_room(path: Path, most: int) -> None:
 
 def forget(file: Path) -> None:
     """Remove one, and say so."""
-    log.warning("evidence of a damaged buffer was removed, as it took the room of events", file=str(file))
+    hint = "copy the next one away in time, or raise buffer.max_size"
+    text = "evidence of a damaged buffer was removed, as it took the room of events"
+    log.warning(text, file=str(file), hint=hint)
     log_of(file).unlink(missing_ok=True)
     file.unlink(missing_ok=True)
