@@ -46,9 +46,9 @@ def deflate(data: bytes) -> bytes:
     return slow.compress(data) + slow.flush(zlib.Z_FULL_FLUSH)
 
 
-def crc32(data: bytes) -> int:
-    """CRC-32 as gzip uses it."""
-    return fast.crc32(data) if fast is not None else zlib.crc32(data)
+def crc32(data: bytes, before: int = 0) -> int:
+    """CRC-32 as gzip uses it, of what had the CRC-32 `before` and then `data`."""
+    return fast.crc32(data, before) if fast is not None else zlib.crc32(data, before)
 
 
 def inflate(packed: bytes, size: int, crc: int) -> bytes:

@@ -68,7 +68,6 @@ class Passed:
     ) -> None:
         self._all = descriptors
         self._left = dict(descriptors)
-        self._names = tuple(descriptors)
         self._why_none = why_none
         self._own = list(own)
 
@@ -90,7 +89,7 @@ class Passed:
 
     def knows(self, name: str) -> bool:
         """Whether sockets of that name came, taken or not."""
-        return name in self._names
+        return name in self._all
 
     def expect(self, name: str, wanted: Sequence[Kind], who: str) -> None:
         """Raises `ActivationError` where no socket of that name and kind came for `who`, taken or not."""
@@ -125,12 +124,12 @@ class Passed:
         return sockets
 
     def _missing(self, name: str, who: str) -> ActivationError:
-        if not self._names:
+        if not self._all:
             return ActivationError(f"{who} wants systemd's socket {name!r}: {self._why_none}", NOT_STARTED)
-        close = get_close_matches(name, self._names, 1)
+        close = get_close_matches(name, self._all, 1)
         meant = f" (did you mean {close[0]}?)" if close else ""
         return ActivationError(
-            f"{who}: systemd passed no socket {name!r}{meant}; it passed {', '.join(self._names)}",
+            f"{who}: systemd passed no socket {name!r}{meant}; it passed {', '.join(self._all)}",
             f"set FileDescriptorName={name} in the .socket unit, and see that the unit is started",
         )
 

@@ -110,7 +110,7 @@ def seal_of(chunk: Chunk) -> int:
         chunk.project, chunk.key, chunk.events, chunk.size, chunk.crc, chunk.received_at, chunk.boot,
         chunk.monotonic, chunk.marks, chunk.burials,
     )  # fmt: skip
-    return crc32(msgspec.json.encode(fields) + chunk.packed)
+    return crc32(chunk.packed, crc32(msgspec.json.encode(fields)))
 
 
 def chunk_of(lane: tuple[object, object], row: Sequence[object]) -> Chunk | None:
