@@ -23,9 +23,10 @@ from agent.places import accept_all
 
 # To whom may not send here.
 FAREWELL = b'{"error":"forbidden"}\n'
-# They can read it only if what they have sent is read (a close with bytes unread is a reset): for so long, a
-# few times what a Unix client's kernel buffer holds by default, of so many at a time. Others are just closed.
-PARTING_SECONDS, PARTING_READS, PARTING_BYTES, PARTINGS = 1.0, 16, 64 * 1024, 16
+# They can read it only if what they have sent is read (a close with bytes unread is a reset): for so long, in
+# bites of so much, a few times what a Unix client's kernel buffer holds by default, of so many clients at a time.
+# Others are just closed.
+PARTING_SECONDS, PARTING_BITE, PARTING_BYTES, PARTINGS = 1.0, 64 * 1024, 1024 * 1024, 16
 
 log = structlog.get_logger("accept")
 
@@ -165,6 +166,6 @@ class StreamSource:
 
 async def _discard(sock: trio.socket.SocketType) -> None:
     """Read what a client sends until it ends, within bounds."""
-    for _ in range(PARTING_READS):
-        if not await sock.recv(PARTING_BYTES):
-            return
+    left = PARTING_BYTES
+    while left > 0 and (some := await sock.recv(PARTING_BITE)):
+        left -= len(some)
