@@ -261,7 +261,7 @@ async def test_demo_stays_until_it_is_told_to_stop() -> None:
             said += await process.stdout.receive_some()
         address = next(word for word in said.decode().split() if word.endswith("/metrics"))
         transport = await trio.open_tcp_stream("127.0.0.1", int(address.split(":")[2].split("/")[0]))
-        await transport.send_all(b"GET /livez HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        await transport.send_all(b"GET /livez HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         assert (await transport.receive_some()).startswith(b"HTTP/1.1 200")
         process.send_signal(signal.SIGINT)
         assert await process.wait() == 0

@@ -134,7 +134,7 @@ def test_the_key_that_was_sent_is_never_told(key: str) -> None:
         b"x" * 495 + key.encode(),
     ):
         for read in (read_reply, v1.read):
-            verdict = read(400, {}, b"bad key " + told, NOW, key=key)
+            verdict = read(400, {}, b"bad key " + told, NOW, secrets=[key])
             assert isinstance(verdict, Rejected)
             assert "kind" not in verdict.reason
             assert key[:5] not in verdict.reason
@@ -142,7 +142,7 @@ def test_the_key_that_was_sent_is_never_told(key: str) -> None:
 
 def test_what_is_too_short_for_a_key_stays() -> None:
     """It could be any word of PostHog's."""
-    assert read_reply(400, {}, b"a bad batch", NOW, key="a") == Rejected("a bad batch")
+    assert read_reply(400, {}, b"a bad batch", NOW, secrets=["a"]) == Rejected("a bad batch")
 
 
 @given(

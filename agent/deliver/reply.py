@@ -1,22 +1,21 @@
 """What a reply means: who speaks, what PostHog says, and when to come back.
 
 It promises that a reply is taken for an acceptance only where it can be nothing else, that every reply has
-exactly one verdict, and that no verdict's text holds a key. The facts are those of `PostHog/posthog`,
+exactly one verdict, and that no verdict's text holds a secret. The facts are those of `PostHog/posthog`,
 `rust/capture/src`.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from urllib.parse import urlsplit
 
-import msgspec
-
 from agent.deliver.clocks import EPOCH
 from agent.deliver.verdict import Accepted, Refused, Rejected, Retry, Split, Verdict
 from agent.portal import is_html
+from agent.veil import without, without_keys
 
 # What a person reads in one look, and what is kept with every dead event.
 REASON_BYTES = 500
@@ -25,24 +24,20 @@ REASON_BYTES = 500
 LONGEST_AFTER = 3600.0
 
 SECONDS = re.compile(r"[+-]?\d+(?:\.\d*)?")
-# PostHog's keys, wherever a reply repeats one (docs: project, personal, secret and OAuth keys).
-KEYS = re.compile(r"\bph[acsx]_[\w-]+")
-# A shorter one is no secret, and may be any word.
-KEY_LENGTH = 8
 
 
 def read_reply(
-    status: int, headers: Mapping[str, str], body_start: bytes, now: int, *, key: str = ""
+    status: int, headers: Mapping[str, str], body_start: bytes, now: int, *, secrets: Sequence[str] = ()
 ) -> Verdict:
     """What a reply means; header names in lower case, `now` by the wall clock in microseconds.
 
-    `key` is the one that was sent.
+    `secrets` are what was sent and is not to be repeated: the key, and what configured headers say.
 
     HTML with a 2xx or a 400 did not come from PostHog but from a captive portal or a proxy on the way.
     With 413, 408, 429 and 5xx it is what load balancers say in PostHog's stead, and means the same.
     """
     html = is_html(headers, body_start)
-    text = "" if html else words(body_start, key)
+    text = "" if html else words(body_start, secrets)
     reason = f"HTTP {status}: {text}" if text else f"HTTP {status}"
     match status:
         case 413:
@@ -66,13 +61,11 @@ def read_reply(
     return Refused("host", reason)
 
 
-def words(body_start: bytes, key: str = "") -> str:
+def words(body_start: bytes, secrets: Sequence[str] = ()) -> str:
     """PostHog's plain text on one printable line, without any key."""
-    if len(key) >= KEY_LENGTH:
-        for form in (msgspec.json.encode(key)[1:-1], key.encode()):
-            body_start = body_start.replace(form, b"***")
-    words = " ".join(body_start[: 4 * REASON_BYTES].decode("utf-8", "replace").split())
-    text = KEYS.sub("***", "".join(char if char.isprintable() else "\ufffd" for char in words))
+    told = without(body_start, secrets)[: 4 * REASON_BYTES]
+    words = " ".join(told.decode("utf-8", "replace").split())
+    text = without_keys("".join(char if char.isprintable() else "\ufffd" for char in words))
     return text.encode()[:REASON_BYTES].decode("utf-8", "ignore")
 
 
