@@ -2,11 +2,11 @@
 
 import re
 from base64 import b64encode
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
-from urllib.parse import quote, unquote, urlsplit
-
-import msgspec
+from functools import lru_cache
+from html.entities import codepoint2name
+from urllib.parse import unquote, urlsplit
 
 from agent.config import Delivery
 
@@ -26,16 +26,23 @@ def without(text: bytes, secrets: Iterable[str]) -> bytes:
     """The text without these secrets, in whichever of the usual ways it writes them."""
     for secret in secrets:
         if len(secret) >= LEAST:
-            for form in _forms(secret):
-                text = text.replace(form, HIDDEN.encode())
+            text = _written(secret).sub(HIDDEN.encode(), text)
     return text
 
 
-def _forms(secret: str) -> Iterator[bytes]:
-    """As it is, as JSON or a URL write it, and as basic authentication does."""
+@lru_cache(256)  # those of the configuration, and of the clients whose keys are refused
+def _written(secret: str) -> re.Pattern[bytes]:
+    """A secret with its bytes as they are or as JSON, a URL or HTML writes them; or as a password."""
     plain = secret.encode()
-    yield from {plain, msgspec.json.encode(secret)[1:-1], quote(secret, safe="").encode()}
-    yield b64encode(plain).rstrip(b"=")
+    packed = re.escape(b64encode(plain).rstrip(b"="))
+    return re.compile(b"%b|%b" % (b"".join(map(_ways, plain)), packed), re.IGNORECASE)
+
+
+def _ways(byte: int) -> bytes:
+    """One byte, in any way; as it is last, since the others may begin with it."""
+    named = codepoint2name.get(byte, f"#{byte}").encode()
+    coded = rb"%%%02x|\\u00%02x|&#0*%d;|&#x0*%x;|&%b;" % (byte, byte, byte, byte, named)
+    return rb"(?:%b|\\?%b)" % (coded, re.escape(bytes([byte])))
 
 
 def sent_by(delivery: Delivery, proxies: Iterable[str] = ()) -> tuple[str, ...]:
