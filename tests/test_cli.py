@@ -200,6 +200,15 @@ def test_where_nothing_can_be_written() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+async def test_the_environment_says_where_the_admin_socket_is(tmp_path: Path) -> None:
+    """Commands find the agent there too, as in a container, where no file says it."""
+    async with running(configure(tmp_path, "http://127.0.0.1:9")):
+        env = {"CAPTURE_AGENT_ADMIN__SOCKET": str(tmp_path / "admin.sock")}
+        done = await trio.to_thread.run_sync(lambda: run("status", "--json", env=env))
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["buffer"]["path"] == str(tmp_path / "buffer.db")
+
+
 def test_demo_once() -> None:
     """With no configuration and no account every sample event arrives."""
     done = run("demo", "--once")
