@@ -36,18 +36,18 @@ def exposed(config: Config, text: Text, uid: int) -> Iterator[Exposed]:
     if _has_secrets(document):
         secret[text.file] = "a key or a password"
     relied_on = [*([text.file] if text.text else []), *sorted(keys)]  # no text: no file, only defaults
-    folders = {os.path.dirname(source.path) for source in config.sources if isinstance(source, Unix)}
-    folders.add(os.path.dirname(config.admin.socket))
+    places = {os.path.dirname(source.path) for source in config.sources if isinstance(source, Unix)}
+    places.add(os.path.dirname(config.admin.socket))
     if config.buffer.kind == "sqlite":
         secret |= {config.buffer.path + end: "events" for end in ("", "-wal")}
-        folders.add(os.path.dirname(config.buffer.path))
+        places.add(config.buffer.path)  # and so its folder
     for path, what in sorted(secret.items()):
         if _readable(path):
             yield Exposed(
                 path, f"everybody on this host may read it, and it holds {what}", f"chmod o-r {path}"
             )
     told = set()
-    for path in (*relied_on, *sorted(filter(None, folders))):
+    for path in (*relied_on, *sorted(filter(None, places))):
         for found in _changeable(path, uid):
             if found not in told:
                 told.add(found)
@@ -106,7 +106,7 @@ def _changeable(path: str, uid: int) -> Iterator[Exposed]:
                 what = (
                     f"it belongs to user {found.st_uid}, who may change what the agent keeps or reads there"
                 )
-                yield Exposed(step, what, f"chown {uid} {step}, or use another place")
+                yield Exposed(step, what, f"run the agent as that user, or chown {uid} {step}")
             # In a folder with the sticky bit everybody may make files, and only touch their own.
             if found.st_mode & WRITE and not (stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX):
                 what = (

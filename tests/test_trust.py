@@ -75,7 +75,7 @@ def test_a_configuration_with_secrets_is_one(place: Path, secret: str) -> None:
     assert told(place) == []
 
 
-@pytest.mark.parametrize("name", ["", "config.toml", "key"])
+@pytest.mark.parametrize("name", ["", "config.toml", "key", "buffer.db"])
 def test_what_everybody_may_change(place: Path, name: str) -> None:
     """Files by which the agent goes, and folders in which its files and sockets lie; once each."""
     (place / name).chmod(0o722 if not name else 0o622)
@@ -92,10 +92,13 @@ def test_a_sticky_folder_lets_nobody_take_anothers_file(place: Path) -> None:
 def test_what_belongs_to_somebody_else(place: Path) -> None:
     """Who owns a folder may replace all in it: but for root, the agent's user, and nobody in particular."""
     os.chown(place, 4321, -1)
-    assert told(place) == [(place.name, f"chown {os.geteuid()} {place}, or use another place")]
+    hint = f"run the agent as that user, or chown {os.geteuid()}"
+    assert told(place) == [(place.name, hint)]
     assert told(place, 4321) == []
     os.chown(place, UNKNOWN, -1)
     assert told(place) == []
+    os.chown(place / "buffer.db", 4321, -1)  # somebody was first in a folder that is everybody's
+    assert told(place) == [("buffer.db", hint)]
 
 
 def test_links_are_followed(place: Path) -> None:

@@ -1,5 +1,6 @@
 """No way in: what the admin address and socket let whom do, and who may open the agent's files."""
 
+import json
 import os
 import re
 import socket
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import httpx
 import pytest
@@ -261,6 +263,52 @@ async def test_its_files_are_its_users_alone(tmp_path: Path) -> None:
         "events.dgram": 0o620,
         "admin.sock": 0o660,
     }
+
+
+# What a user of no group tries, and what comes of it.
+TRIES = """
+import json, os, socket, sys
+folder, pid, port = sys.argv[1:]
+"a".encode("idna")  # loaded while its file can be read
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+def tried(what):
+    try:
+        what()
+    except OSError as error:
+        return type(error).__name__
+def connect(name, kind):
+    return lambda: socket.socket(socket.AF_UNIX, kind).connect(f"{folder}/{name}")
+def page():
+    with socket.create_connection(("127.0.0.1", int(port))) as sock:
+        sock.sendall(b"GET /status HTTP/1.0\\r\\n\\r\\n")
+        assert b" 200 " in sock.recv(100)
+reads = ["key", "buffer.db", "buffer.db-wal", "buffer.db.lock", "buffer.db.reserve"]
+found = {name: tried(lambda: open(f"{folder}/{name}")) for name in reads}
+found |= {name: tried(lambda: open(f"/proc/{pid}/{name}").read()) for name in ("environ", "mem", "maps")}
+found["events.sock"] = tried(connect("events.sock", socket.SOCK_STREAM))
+found["admin.sock"] = tried(connect("admin.sock", socket.SOCK_STREAM))
+found["events.dgram"] = tried(connect("events.dgram", socket.SOCK_DGRAM))
+found["kill"] = tried(lambda: os.kill(int(pid), 0))
+found["page"] = tried(page)
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+async def test_another_user_gets_to_the_page_only(tmp_path: Path) -> None:
+    """Files, sockets, memory and environment are closed to a user of another group; the address is open."""
+    with TemporaryDirectory(prefix="capture-agent-test-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        (folder / "key").write_text("phc_test")
+        (folder / "key").chmod(0o600)
+        config, (_, port) = with_pages(folder, "http://127.0.0.1:9")
+        async with running(config) as agent:
+            asked = [sys.executable, "-c", TRIES, name, str(agent.process.pid), str(port)]
+            done = await trio.run_process(asked, capture_stdout=True, cwd="/")
+    found = json.loads(done.stdout)
+    assert found.pop("page") is None
+    assert set(found.values()) == {"PermissionError"}, found
 
 
 def test_folders_that_it_makes_are_not_for_others_to_write(tmp_path: Path) -> None:
