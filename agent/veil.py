@@ -13,6 +13,8 @@ from agent.config import Delivery
 HIDDEN = "***"
 # PostHog's keys, wherever a text repeats one (docs: project, personal, secret and OAuth keys).
 KEYS = re.compile(r"\bph[acsx]_[\w-]+")
+# By which JSON, URLs and HTML begin to write a character in another way.
+ESCAPES = re.compile(rb"[\\%&]")
 # A shorter one is no secret, and may be any word.
 LEAST = 8
 
@@ -23,25 +25,36 @@ def without_keys(text: str) -> str:
 
 
 def without(text: bytes, secrets: Iterable[str]) -> bytes:
-    """The text without these secrets, in whichever of the usual ways it writes them."""
+    """The text without these secrets, in whichever of the usual ways it writes them.
+
+    It takes half a millisecond for a secret and 2,000 bytes where something is escaped, else nearly nothing.
+    """
+    plainly = text.lower() if ESCAPES.search(text) is None else None
     for secret in secrets:
-        if len(secret) >= LEAST:
+        if len(secret) < LEAST:
+            continue
+        forms = (secret.encode(), _packed(secret))
+        if plainly is None or any(form.lower() in plainly for form in forms):
             text = _written(secret).sub(HIDDEN.encode(), text)
     return text
+
+
+def _packed(secret: str) -> bytes:
+    """A secret as basic authentication has it."""
+    return b64encode(secret.encode()).rstrip(b"=")
 
 
 @lru_cache(256)  # those of the configuration, and of the clients whose keys are refused
 def _written(secret: str) -> re.Pattern[bytes]:
     """A secret with its bytes as they are or as JSON, a URL or HTML writes them; or as a password."""
-    plain = secret.encode()
-    packed = re.escape(b64encode(plain).rstrip(b"="))
-    return re.compile(b"%b|%b" % (b"".join(map(_ways, plain)), packed), re.IGNORECASE)
+    plain = b"".join(map(_ways, secret.encode()))
+    return re.compile(b"%b|%b" % (plain, re.escape(_packed(secret))), re.IGNORECASE)
 
 
 def _ways(byte: int) -> bytes:
     """One byte, in any way; as it is last, since the others may begin with it."""
     named = codepoint2name.get(byte, f"#{byte}").encode()
-    coded = rb"%%%02x|\\u00%02x|&#0*%d;|&#x0*%x;|&%b;" % (byte, byte, byte, byte, named)
+    coded = rb"%%%02x|\\u00%02x|&#0{,5}%d;|&#x0{,5}%x;|&%b;" % (byte, byte, byte, byte, named)
     return rb"(?:%b|\\?%b)" % (coded, re.escape(bytes([byte])))
 
 
@@ -49,7 +62,8 @@ def sent_by(delivery: Delivery, proxies: Iterable[str] = ()) -> tuple[str, ...]:
     """What goes out beside the key: configured headers, and passwords of proxies (also the environment's)."""
     found: list[str] = []
     for header in delivery.headers.values():
-        found += (header.reveal(), *header.reveal().split())  # also what stands behind "Bearer"
+        words = header.reveal().split()
+        found += (" ".join(words), *words)  # also what stands behind "Bearer"
     for url in (delivery.proxy.reveal(), *proxies):
         with suppress(ValueError):
             parts = urlsplit(url)

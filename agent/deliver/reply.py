@@ -19,6 +19,9 @@ from agent.veil import without, without_keys
 
 # What a person reads in one look, and what is kept with every dead event.
 REASON_BYTES = 500
+# Enough for these when a secret or two were taken out; the last of it may be part of one, escaped.
+LOOKED_AT = 4 * REASON_BYTES
+LONGEST_SECRET = REASON_BYTES
 # One hour: the longest window in PostHog's own rate limits (`posthog/rate_limit.py` counts by the minute and
 # by the hour). What asks for more is a mistake, and obeying it would look like an agent that died.
 LONGEST_AFTER = 3600.0
@@ -37,6 +40,8 @@ def read_reply(
     With 413, 408, 429 and 5xx it is what load balancers say in PostHog's stead, and means the same.
     """
     html = is_html(headers, body_start)
+    if 200 <= status <= 299 and not html:
+        return Accepted()
     text = "" if html else words(body_start, secrets)
     reason = f"HTTP {status}: {text}" if text else f"HTTP {status}"
     match status:
@@ -52,8 +57,6 @@ def read_reply(
             return Refused("host", f"HTTP {status}: a network that wants a person to log in, not PostHog")
     if status in (408, 429) or 500 <= status <= 599:
         return Retry(retry_after(headers, now), reason, cut=status == 408)
-    if 200 <= status <= 299 and not html:
-        return Accepted()
     if html:
         return Refused("host", f"HTTP {status} with a page of HTML: a portal or proxy, not PostHog")
     if 300 <= status <= 399:
@@ -63,8 +66,11 @@ def read_reply(
 
 def words(body_start: bytes, secrets: Sequence[str] = ()) -> str:
     """PostHog's plain text on one printable line, without any key."""
-    told = without(body_start, secrets)[: 4 * REASON_BYTES]
-    words = " ".join(told.decode("utf-8", "replace").split())
+    beginning = b" ".join(body_start.split())
+    told = without(beginning[:LOOKED_AT], secrets).decode("utf-8", "replace")
+    if len(beginning) > LOOKED_AT:  # a secret may have been cut off
+        told = told[:-LONGEST_SECRET]
+    words = " ".join(told.split())
     text = without_keys("".join(char if char.isprintable() else "\ufffd" for char in words))
     return text.encode()[:REASON_BYTES].decode("utf-8", "ignore")
 

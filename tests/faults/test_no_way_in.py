@@ -169,8 +169,8 @@ async def test_nothing_on_tcp_changes_anything(
     record_property("told", f"{len(tries):,} requests on TCP, none of which changed or showed anything")
 
 
-async def test_two_requests_in_one_are_not_another_one(tmp_path: Path) -> None:
-    """What hides a second request in the first's body or header gets no more than it would by itself."""
+async def test_neither_two_requests_in_one_nor_a_foreign_name(tmp_path: Path) -> None:
+    """What hides a second request in the first gets no more by it; names are not answered on loopback."""
     hidden = request("POST", "/dead-letters/purge", body='{"ids": [1]}')
     both = "Host: localhost\r\nContent-Length: 4\r\nTransfer-Encoding: chunked"
     async with serving(Sink()) as url:
@@ -185,6 +185,12 @@ async def test_two_requests_in_one_are_not_another_one(tmp_path: Path) -> None:
             ):
                 assert not set(await ask(address, smuggling)) - {200, 400, 404, 405, 501}
             assert (await agent.status())["books"] == before
+            assert await ask(address, request("GET", "/status", host="evil.example")) == [421]
+            elsewhere = request("GET", "http://localhost/status", host="evil.example")
+            assert await ask(address, elsewhere) in ([421], [400])
+            assert await ask(address, request("GET", "/status", host="localhost")) == [200]
+            # Who is too old to name a host is no browser.
+            assert await ask(address, "GET /status HTTP/1.0\r\n\r\n") == [200]
 
 
 @pytest.mark.parametrize(
@@ -212,19 +218,6 @@ async def test_a_web_page_of_another_name_reads_nothing(host: str, status: int) 
                 for path in ("/livez", "/metrics", "/status"):
                     answer = await client.get(path, headers={"Host": host})
                     assert answer.status_code == expected, answer.text
-
-
-async def test_the_agents_address_knows_that_it_is_on_loopback(tmp_path: Path) -> None:
-    """The real agent turns away names on 127.0.0.1; who is too old to say one is answered."""
-    config, address = with_pages(tmp_path, "http://127.0.0.1:9")
-    async with running(config):
-        assert await ask(address, request("GET", "/status", host="evil.example")) == [421]
-        assert await ask(address, request("GET", "http://localhost/status", host="evil.example")) in (
-            [421],
-            [400],
-        )
-        assert await ask(address, request("GET", "/status", host="localhost")) == [200]
-        assert await ask(address, "GET /status HTTP/1.0\r\n\r\n") == [200]
 
 
 async def test_its_files_are_its_users_alone(tmp_path: Path) -> None:
