@@ -3,13 +3,17 @@
 What changes anything, and what events contained, is on the socket only.
 """
 
+import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from ipaddress import ip_address
 from typing import Any, NamedTuple
 
 import msgspec
 from prometheus_client import CollectorRegistry, exposition
 from prometheus_client.openmetrics import exposition as openmetrics
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
@@ -17,6 +21,7 @@ from starlette.routing import Route
 from agent import contents, letters, page, tail
 from agent.accept.tap import Tap
 from agent.buffer import Kept
+from agent.httpd import App, Message, Receive, Send
 from agent.page.figures import figures
 
 # Who accepts it gets it; anybody else Prometheus' own text format.
@@ -37,8 +42,37 @@ class View(NamedTuple):
     taps: Mapping[str, Tap] = {}
 
 
-def make_app(view: View, *, private: bool) -> Starlette:
-    """The ASGI app; `private` where only the socket's group can ask."""
+class ForThisHost:
+    """Answers only who asks by an address or by localhost.
+
+    On loopback nobody else can ask but a web page in a browser of this host, whose own name was made to lead
+    here (DNS rebinding): it asks by that name, as browsers tell no other.
+    """
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """One request; it may have no Host where it is not a browser's (HTTP/1.0)."""
+        host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
+        app = self._app if not host or _is_this_host(host) else STRANGER
+        await app(scope, receive, send)
+
+
+STRANGER = PlainTextResponse("ask by an address or by localhost: this name could be anybody's\n", 421)
+
+
+def _is_this_host(host: str) -> bool:
+    """Whether no DNS server could have said where that is."""
+    name = host.rpartition(":")[0] if re.search(r":\d*$", host) else host
+    with suppress(ValueError):
+        ip_address(name.removeprefix("[").removesuffix("]"))
+        return True
+    return name.lower() == "localhost"
+
+
+def make_app(view: View, *, private: bool, local: bool = False) -> Starlette:
+    """The ASGI app; `private` where only the socket's group can ask, `local` on a loopback address."""
 
     async def metrics(request: Request) -> Response:
         form = openmetrics if OPENMETRICS in request.headers.get("accept", "") else exposition
@@ -76,7 +110,8 @@ def make_app(view: View, *, private: bool) -> Starlette:
             Route("/readyz", readyz),
             Route("/status", status),
             *(_private(view) if private else ()),
-        ]
+        ],
+        middleware=[Middleware(ForThisHost)] if local else [],
     )
 
 

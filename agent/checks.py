@@ -95,10 +95,10 @@ def _of_delivery(delivery: Delivery) -> Iterator[Wrong]:
     yield from between("backoff_max", delivery.backoff_max, delivery.backoff_base, 86400, seconds=True)
     yield from between("max_attempts", delivery.max_attempts, 0, 1_000_000)
     yield from between("cooldown", delivery.cooldown, 1, 86400, seconds=True)
-    for name, secret in delivery.headers.items():
+    for number, (name, secret) in enumerate(delivery.headers.items(), 1):
         value = secret.reveal()
-        if _HEADER.fullmatch(name) is None:
-            yield f"headers.{name}", "is no name for an HTTP header"
+        if _HEADER.fullmatch(name) is None:  # it may be the value, and secret
+            yield f"headers[{number}]", "has no name that an HTTP header can have"
         elif name.lower() in _OWN_HEADERS:
             yield f"headers.{name}", "is set by the agent itself"
         elif delivery.protocol != "batch" and name.lower() in _V1_HEADERS:

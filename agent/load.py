@@ -27,6 +27,7 @@ from agent.config import (
 from agent.references import look_up
 from agent.source_checks import of_passed
 from agent.values import converted, suggestion, written_as_text
+from agent.veil import without_keys
 
 PREFIX = "CAPTURE_AGENT_"
 KINDS: Mapping[str, type[Source]] = {str(kind.__struct_config__.tag): kind for kind in get_args(Source)}
@@ -61,7 +62,9 @@ def load(text: str, around: Surroundings, *, file: str, keys: bool = True) -> Co
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{file}: {error}", "mend the line; https://toml.io shows the notation") from error
+        raise ConfigError(
+            f"{file}: {without_keys(str(error))}", "mend the line; https://toml.io shows the notation"
+        ) from error
     return _Reading(around, file, keys=keys).config(document)
 
 
@@ -107,7 +110,8 @@ class _Reading:
                 hint = suggestion(name, self._variables)
                 self._mistakes.append(f"environment: {name}: no such setting{hint}")
         if self._mistakes:
-            mistakes = "\n".join(dict.fromkeys(self._mistakes))
+            # A key may stand where a name or another value belongs, and a mistake tells these.
+            mistakes = without_keys("\n".join(dict.fromkeys(self._mistakes)))
             raise ConfigError(mistakes, "`capture-agent check` shows the settings in force")
         return config
 

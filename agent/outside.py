@@ -11,6 +11,7 @@ import structlog
 import trio
 
 from agent import __version__, httpd
+from agent.accept.sockets import address_of
 from agent.accept.source import Source
 from agent.admin import View, make_app
 from agent.buffer import Kept
@@ -21,6 +22,7 @@ from agent.deliver.worker import Delivery
 from agent.events import OTHER
 from agent.metrics import DeliveryFacts, Metrics, Pulled
 from agent.page.history import EVERY_SECONDS, History, sample
+from agent.source_checks import is_loopback
 from agent.status import AboutClock, Document, Reloaded, balance, describe, has_others
 from agent.timekeeper import Timekeeper
 
@@ -148,7 +150,8 @@ class Outside:
         )
         async with trio.open_nursery() as nursery:
             for sock, private in pages:
-                app = make_app(view, private=private)
+                local = not private and is_loopback(address_of(sock))
+                app = make_app(view, private=private, local=local)
                 await nursery.start(_serve, app, sock)
             task_status.started()
 

@@ -1,6 +1,10 @@
 """A secret that a configuration does not hold itself but refers to: in a file, a variable, a credential."""
 
+import re
 from collections.abc import Callable, Mapping
+
+# How environment variables are called; a secret is hardly ever in capitals.
+_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 
 FORMS = 'a text, { file = "..." }, { env = "NAME" } or { credential = "NAME" }'
 
@@ -8,29 +12,31 @@ FORMS = 'a text, { file = "..." }, { env = "NAME" } or { credential = "NAME" }'
 def look_up(given: object, env: Mapping[str, str], read_text: Callable[[str], str]) -> str:
     """The secret, without white space around it. ValueError says why there is none; it holds no secret.
 
+    A secret may itself stand where a name belongs: what could be one is not told.
+
     `read_text` raises OSError where it cannot.
     """
     match given:
         case str():
             return given.strip()
         case {"file": str(path), **rest} if not rest:
-            return _read(path, read_text)
+            return _read(path, path if "/" in path else "the file that it names", read_text)
         case {"credential": str(name), **rest} if not rest:
             if (folder := env.get("CREDENTIALS_DIRECTORY")) is not None:
-                return _read(f"{folder}/{name}", read_text)
-            unit = f"LoadCredential={name}:... in the unit passes this one"
-            raise ValueError(f"systemd passed no credentials ({unit})")
+                return _read(f"{folder}/{name}", f"the credential that it names, in {folder}", read_text)
+            raise ValueError("systemd passed no credentials (LoadCredential=NAME:... in the unit passes one)")
         case {"env": str(name), **rest} if not rest:
             if text := env.get(name):
                 return text.strip()
-            raise ValueError(f"the environment variable {name} is not set")
+            shown = name if _VARIABLE.fullmatch(name) else "that it names"
+            raise ValueError(f"the environment variable {shown} is not set")
     raise ValueError(f"must be {FORMS}")
 
 
-def _read(path: str, read_text: Callable[[str], str]) -> str:
+def _read(path: str, shown: str, read_text: Callable[[str], str]) -> str:
     try:
         return read_text(path).strip()
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text") from error
+        raise ValueError(f"{shown}: {error.strerror or 'cannot be read'}") from error
+    except ValueError as error:  # also a NUL in the path
+        raise ValueError(f"{shown}: not a text") from error

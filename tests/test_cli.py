@@ -200,6 +200,15 @@ def test_where_nothing_can_be_written() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+async def test_the_environment_says_where_the_admin_socket_is(tmp_path: Path) -> None:
+    """Commands find the agent there too, as in a container, where no file says it."""
+    async with running(configure(tmp_path, "http://127.0.0.1:9")):
+        env = {"CAPTURE_AGENT_ADMIN__SOCKET": str(tmp_path / "admin.sock")}
+        done = await trio.to_thread.run_sync(lambda: run("status", "--json", env=env))
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["buffer"]["path"] == str(tmp_path / "buffer.db")
+
+
 def test_demo_once() -> None:
     """With no configuration and no account every sample event arrives."""
     done = run("demo", "--once")
@@ -261,7 +270,7 @@ async def test_demo_stays_until_it_is_told_to_stop() -> None:
             said += await process.stdout.receive_some()
         address = next(word for word in said.decode().split() if word.endswith("/metrics"))
         transport = await trio.open_tcp_stream("127.0.0.1", int(address.split(":")[2].split("/")[0]))
-        await transport.send_all(b"GET /livez HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        await transport.send_all(b"GET /livez HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         assert (await transport.receive_some()).startswith(b"HTTP/1.1 200")
         process.send_signal(signal.SIGINT)
         assert await process.wait() == 0

@@ -52,6 +52,8 @@ def test_the_last_stage_is_bare() -> None:
     assert said.keys() == {"COPY", "USER", "ENV", "VOLUME", "HEALTHCHECK", "ENTRYPOINT", "CMD"}
     assert said["USER"] == f"{NOBODY}:{NOBODY}"
     assert json.loads(said["VOLUME"]) == ["/run/capture-agent", "/var/lib/capture-agent"]
+    # Applications are given the first volume, and see no more of each other there than that they send.
+    assert "CAPTURE_AGENT_ADMIN__SOCKET=/var/lib/capture-agent/" in said["ENV"]
 
 
 def test_kubernetes_takes_the_daemonset() -> None:

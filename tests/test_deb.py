@@ -298,6 +298,11 @@ def test_a_life_under_systemd(root: Path, tmp_path: Path) -> None:
         sending = ("capture-agent", "send", "kept", "--distinct-id", "a")
         system.do(*other, "--groups", group, *sending)
         assert system.run(*other, "--clear-groups", *sending).returncode != 0
+        # Nor do they see what others sent: that is another group's.
+        asking = ("capture-agent", "status")
+        assert system.run(*other, "--groups", group, *asking).returncode != 0
+        admins = system.do("getent", "group", "capture-agent-admin").split(":")[2]
+        system.do(*other, "--groups", admins, *asking)
 
         # An upgrade keeps the configuration, the buffer, and the sockets open.
         opened = system.do("stat", "--format", "%i", "/run/capture-agent/events.sock")

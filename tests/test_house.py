@@ -50,6 +50,7 @@ ROOMS = {
     "agent.memory": "tool",
     "agent.notify": "tool",
     "agent.systemd": "tool",
+    "agent.trust": "tool",
     "agent.admin": "pages",
     "agent.status": "pages",
     "agent.letters": "pages",
@@ -105,6 +106,7 @@ GROUND = {
     "agent.scan",
     "agent.units",
     "agent.values",
+    "agent.veil",
 }
 PURE = {
     "agent.advice",
@@ -123,6 +125,7 @@ PURE = {
     "agent.scan",
     "agent.units",
     "agent.values",
+    "agent.veil",
     "agent.accept.flags.breaker",
     "agent.accept.flags.calls",
     "agent.accept.flags.replies",

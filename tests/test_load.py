@@ -752,3 +752,30 @@ def test_a_hidden_name_that_the_distinct_id_tells_is_warned_of(told: str, names:
     config = read(f"{KEY}[[source]]\nkind = 'udp'\nformat = 'syslog'\n{told}\n")
     what = "tells the {} that redact or hash names: add 'distinct_id' to hash, or set another"
     assert list(warnings(config)) == [("source[udp].distinct_id", what.format(name)) for name in names]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[project]\nphc_secret0 = 1\napi_key = 'phc_k'\n",
+        "phc_secret0 = 1\n",
+        "[phc_secret0]\n[phc_secret0]\n",
+        "[project]\nname = 'phc_secret0'\nhost = 'x'\napi_key = 'phc_k'\n[[source]]\nkind = 'phc_secret0'\n",
+        f"{KEY}[[source]]\nkind = 'udp'\nproject = 'phc_secret0'\n",
+        f"{KEY}[[source]]\nkind = 'udp'\nlisten = 'phc_secret0'\n",
+        f"{KEY}[[source]]\nkind = 'unix_stream'\npath = 'phc_secret0'\n",
+        f"{KEY}[buffer]\nmax_size = 'phc_secret0'\nwhen_full = 'phc_secret0'\n",
+        f"{KEY}[delivery]\nheaders = {{ 'Bearer secret0' = 'Authorization' }}\n",
+        f"{KEY}[delivery]\nproxy = 'user:secret0@proxy'\n",
+        "[project]\napi_key = { env = 'secret0' }\n",
+        "[project]\napi_key = { file = 'secret0' }\n",
+        "[project]\napi_key = { credential = 'secret0' }\n",
+        "[project]\napi_key = { text = 'secret0' }\n",
+        f"{KEY}[[source]]\nkind = 'udp'\nhash = ['distinct_id']\nhash_key = {{ env = 'secret0' }}\n",
+        f"{KEY}[[source]]\nkind = 'udp'\nhash = ['distinct_id']\nhash_key = 'secret0'\n",
+    ],
+)
+def test_no_mistake_tells_a_secret(text: str) -> None:
+    """Also where it stands in the place of something else."""
+    for env in ({}, {"CREDENTIALS_DIRECTORY": "/run/credentials"}):
+        assert "secret0" not in "\n".join(mistakes(text, env))

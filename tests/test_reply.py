@@ -134,15 +134,33 @@ def test_the_key_that_was_sent_is_never_told(key: str) -> None:
         b"x" * 495 + key.encode(),
     ):
         for read in (read_reply, v1.read):
-            verdict = read(400, {}, b"bad key " + told, NOW, key=key)
+            verdict = read(400, {}, b"bad key " + told, NOW, secrets=[key])
             assert isinstance(verdict, Rejected)
             assert "kind" not in verdict.reason
             assert key[:5] not in verdict.reason
 
 
+def test_what_went_out_beside_the_key_is_never_told() -> None:
+    """A gateway may repeat its own token, and a long answer may cut it; the words around it stay."""
+    secrets = ["phc_k", "Bearer gate/way+0123", "gate/way+0123"]
+    for told in (
+        b'said "gate\\/way+0123" twice',
+        b"said gate%2Fway%2b0123 twice",
+        b"said Bearer gate/way+0123 twice",
+    ):
+        verdict = read_reply(401, {}, told, NOW, secrets=secrets)
+        assert isinstance(verdict, Refused)
+        assert verdict.why.replace('"', "") == "HTTP 401: said *** twice"
+    for before in range(1900, 2010):
+        verdict = read_reply(
+            401, {}, b"gate/way+0123" * 150 + b"x" * (before - 1950) + b"gate/way+0123", NOW, secrets=secrets
+        )
+        assert "gate" not in str(verdict)
+
+
 def test_what_is_too_short_for_a_key_stays() -> None:
     """It could be any word of PostHog's."""
-    assert read_reply(400, {}, b"a bad batch", NOW, key="a") == Rejected("a bad batch")
+    assert read_reply(400, {}, b"a bad batch", NOW, secrets=["a"]) == Rejected("a bad batch")
 
 
 @given(

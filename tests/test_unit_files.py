@@ -91,7 +91,7 @@ def test_an_instance_is_as_the_only_agent_is() -> None:
 
 
 def test_every_agent_has_its_sockets() -> None:
-    """They are for the group's members, outlive the service, and come and go with it in the right order."""
+    """They are for their group's members, outlive the service, and come and go with it in the right order."""
     for name in sorted(unit.name for unit in UNITS.glob("*.socket")):
         unit = settings(name)
         service = "capture-agent@%i.service" if "@" in name else "capture-agent.service"
@@ -101,7 +101,8 @@ def test_every_agent_has_its_sockets() -> None:
         assert unit["ConditionFileNotEmpty"] == settings(service.replace("%i", ""))["ConditionFileNotEmpty"]
         if "udp" not in name:
             assert unit["SocketMode"] == ["0660"]
-            assert unit["SocketGroup"] == ["capture-agent"]
+            # Who may send may not therefore read what others have sent.
+            assert unit["SocketGroup"] == ["capture-agent-admin" if "admin" in name else "capture-agent"]
             assert unit["RemoveOnStop"] == ["no"]
         if "ListenDatagram" in unit:
             assert unit["ReceiveBuffer"] == ["32M"]
@@ -109,23 +110,24 @@ def test_every_agent_has_its_sockets() -> None:
         assert name.replace("@", "@%i") in also[0].split()
 
 
-def test_no_dynamic_user_has_the_name_of_the_group() -> None:
+def test_no_dynamic_user_has_the_name_of_a_group() -> None:
     """systemd refuses to make a user whose name a group has already."""
-    group = re.search(r"^g (\S+)", (UNITS / "sysusers.d/capture-agent.conf").read_text(), re.MULTILINE)
-    assert group is not None
+    groups = re.findall(r"^g (\S+)", (UNITS / "sysusers.d/capture-agent.conf").read_text(), re.MULTILINE)
+    assert groups == ["capture-agent", "capture-agent-admin"]
     for service in SERVICES:
         unit = settings(service)
         assert unit["DynamicUser"] == ["yes"]
-        assert unit["User"] not in ([], [group[1]])
+        assert unit["User"] not in ([], *([group] for group in groups))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may make groups and folders of root's")
 @pytest.mark.skipif(shutil.which("systemd-sysusers") is None, reason="needs Debian's package systemd")
-def test_group_and_folder_are_made(tmp_path: Path) -> None:
-    """systemd-sysusers makes the group, systemd-tmpfiles the folder that clients can enter."""
+def test_groups_and_folder_are_made(tmp_path: Path) -> None:
+    """systemd-sysusers makes the groups, systemd-tmpfiles the folder that clients can enter."""
     (tmp_path / "etc").mkdir()
     run("systemd-sysusers", f"--root={tmp_path}", str(UNITS / "sysusers.d/capture-agent.conf"))
-    assert "capture-agent:" in (tmp_path / "etc/group").read_text()
+    made = (tmp_path / "etc/group").read_text()
+    assert {"capture-agent", "capture-agent-admin"} <= {line.split(":")[0] for line in made.splitlines()}
     run("systemd-tmpfiles", "--create", f"--root={tmp_path}", str(UNITS / "tmpfiles.d/capture-agent.conf"))
     assert (tmp_path / "run/capture-agent").stat().st_mode & 0o7777 == 0o755
 

@@ -44,8 +44,8 @@ def bind_unix(path: str, kind: socket.SocketKind, mode: int, group: str = "") ->
     _clear_the_way(path, kind)
     sock = socket.socket(socket.AF_UNIX, kind)
     try:
-        # The file must never be open to more than it should be, not even for a moment.
-        umask = os.umask(0o777 & ~mode)
+        # The file must never be open to more than it should be, not even for a moment, nor to another group.
+        umask = os.umask(0o777 & ~(mode & 0o700 if group else mode))
         try:
             sock.bind(path)
         finally:

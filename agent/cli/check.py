@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import click
 
-from agent.cli.options import config_option, load_config, plainly
+from agent.cli.options import config_option, load_config, plainly, read_text
 
 if TYPE_CHECKING:
     from agent.accept.explain import Explanation
@@ -31,6 +31,7 @@ def command(config_file: str | None, as_json: bool, example: BinaryIO | None, on
     """
     from agent.accept.source import try_source
     from agent.checks import warnings
+    from agent.trust import exposed, user_of
     from agent.ways_out import try_ways_out
 
     if only is not None and example is None:
@@ -42,6 +43,9 @@ def command(config_file: str | None, as_json: bool, example: BinaryIO | None, on
             try_source(source)
     for place, what in warnings(config):
         click.echo(f"warning: {place}: {what}", err=True)
+    with plainly():
+        for found in exposed(config, read_text(config_file), user_of(config)):
+            click.echo(f"warning: {found.path}: {found.what}: {found.hint}", err=True)
     if example is not None:
         raise SystemExit(_explain(config, example.read(), only, as_json=as_json))
     if as_json:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from agent.cli.options import config_option, plainly, read_config
+from agent.cli.options import config_option, plainly, read_config, read_text
 from agent.cli.places import folders
 from agent.cli.reach import ask_status, find_socket
 
@@ -63,7 +63,8 @@ def _findings(config_file: str | None, who: "Person | None") -> "list[Finding]":
     """Everything, in the order in which a person would go through it."""
     import trio
 
-    from agent.doctor import before_threads, examine
+    from agent.doctor import before_threads, examine, warning
+    from agent.trust import exposed, user_of
 
     config, findings = _configuration(config_file)
     keys = config is not None and all(project.api_key is not None for project in config.projects)
@@ -76,6 +77,9 @@ def _findings(config_file: str | None, who: "Person | None") -> "list[Finding]":
     if status is not None:
         findings = list(map(_unless_the_agents, findings))
     findings += said
+    findings += [
+        warning("permissions", *found) for found in exposed(config, read_text(config_file), user_of(config))
+    ]
     findings += before_threads(config, status, who)
     place = folders()
     again = partial(_again, path)

@@ -45,6 +45,9 @@ def make_folders(config: "Config") -> None:
     for folder in {own.runtime, own.state} & set(used):
         # Only what is the system's may be entered by others; sockets have modes of their own.
         mode = 0o755 if folder.startswith(("/run/", "/var/")) else 0o700
+        # The folders above it are made as the umask says, which may be to let everybody write.
+        umask = os.umask(0o077)
+        os.umask(umask | 0o022)
         try:
             os.makedirs(folder, mode, exist_ok=True)
             found = os.lstat(folder)
@@ -53,6 +56,8 @@ def make_folders(config: "Config") -> None:
                 f"{folder}: cannot make this folder: {error.strerror}",
                 "set other paths in the configuration, or run as a user that may",
             ) from error
+        finally:
+            os.umask(umask)
         # In a shared temporary folder somebody else could have made it first, to read what we write.
         if mode == 0o700 and (found.st_uid != os.getuid() or found.st_mode & 0o170077 != 0o040000):
             raise AgentError(

@@ -11,6 +11,9 @@ from agent.cli.places import runtime_folders
 
 if TYPE_CHECKING:
     import httpx
+
+# By which the environment says where the admin socket is, as in a container.
+SAID = "CAPTURE_AGENT_ADMIN__SOCKET"
 # A busy agent answers in milliseconds.
 PATIENCE_SECONDS = 5.0
 
@@ -47,7 +50,7 @@ def find_socket(config_file: str | None, name: str, *, needed: bool = True) -> s
     """
     from pathlib import Path
 
-    if config_file is not None or Path(SYSTEM_FILE).exists():
+    if config_file is not None or Path(SYSTEM_FILE).exists() or SAID in os.environ:
         from agent.config import UnixStream
 
         config = load_config(config_file, keys=False)

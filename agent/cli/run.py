@@ -17,6 +17,7 @@ def command(config_file: str | None) -> None:
     import os
     from functools import partial
 
+    import structlog
     import trio
 
     from agent import logs, notify, systemd
@@ -25,16 +26,20 @@ def command(config_file: str | None) -> None:
     from agent.cli.places import make_folders
     from agent.handover import found
     from agent.reload import Anew, check_command, replace_process
+    from agent.trust import exposed
 
     handed = found(os.environ)
     with plainly():
-        config = understood((handed and handed.config) or read_text(config_file))
+        text = (handed and handed.config) or read_text(config_file)
+        config = understood(text)
     withheld = logs.set_up(config.log.level, config.log.format, os.environ)
     with plainly():
         passed = systemd.passed(os.environ)
         if handed is not None:
             passed = systemd.Passed(handed.passed, systemd.NOT_PASSED, handed.own)
         make_folders(config)
+        for place, what, hint in exposed(config, text, os.geteuid()):
+            structlog.get_logger("agent").warning(what, place=place, hint=hint)
         agent = Agent(
             config,
             passed,

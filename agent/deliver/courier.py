@@ -8,6 +8,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
+from urllib.request import getproxies
 
 import structlog
 import trio
@@ -21,6 +22,7 @@ from agent.deliver.reply import read_reply, server_clock
 from agent.deliver.verdict import Absent, Batch, Damaged, Refused, Retry, Verdict
 from agent.events import Instant, label_of
 from agent.metrics import Metrics
+from agent.veil import sent_by
 
 log = structlog.get_logger("deliver")
 
@@ -77,6 +79,7 @@ class Courier:
             {name: value.reveal() for name, value in self._settings.headers.items()},
             self._settings.compression,
         )
+        self._beside_key = sent_by(self._settings, getproxies().values())
         self._absent_until = 0.0
 
     @property
@@ -119,6 +122,10 @@ class Courier:
             return batch.key
         return self._project.api_key.reveal() if self._project.api_key else ""
 
+    def _secrets(self, batch: Batch) -> tuple[str, ...]:
+        """What no answer's words may repeat."""
+        return (self._key(batch), *self._beside_key)
+
     def _sent_at(self, batch: Batch) -> int | None:
         return told(batch.pieces[0], self._now(), Clocks(self._clocks(), self._posthog))
 
@@ -136,7 +143,9 @@ class Courier:
         reply = await self._post(batch, self._batch_url, body, self._headers, BODY_START)
         if isinstance(reply, Reply):
             now = self._now().wall
-            return read_reply(reply.status, reply.headers, reply.body_start, now, key=self._key(batch))
+            return read_reply(
+                reply.status, reply.headers, reply.body_start, now, secrets=self._secrets(batch)
+            )
         return reply
 
     async def _by_v1(self, batch: Batch, attempt: Attempt) -> Verdict | Damaged | Absent:
@@ -161,7 +170,7 @@ class Courier:
         reply = await self._post(batch, self._v1_url, body, headers, most)
         if isinstance(reply, Reply):
             now = self._now().wall
-            return v1.read(reply.status, reply.headers, reply.body_start, now, key=self._key(batch))
+            return v1.read(reply.status, reply.headers, reply.body_start, now, secrets=self._secrets(batch))
         return reply
 
     async def _post(

@@ -1,48 +1,48 @@
 """What a reply means: who speaks, what PostHog says, and when to come back.
 
 It promises that a reply is taken for an acceptance only where it can be nothing else, that every reply has
-exactly one verdict, and that no verdict's text holds a key. The facts are those of `PostHog/posthog`,
+exactly one verdict, and that no verdict's text holds a secret. The facts are those of `PostHog/posthog`,
 `rust/capture/src`.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from urllib.parse import urlsplit
 
-import msgspec
-
 from agent.deliver.clocks import EPOCH
 from agent.deliver.verdict import Accepted, Refused, Rejected, Retry, Split, Verdict
 from agent.portal import is_html
+from agent.veil import without, without_keys
 
 # What a person reads in one look, and what is kept with every dead event.
 REASON_BYTES = 500
+# Enough for these when a secret or two were taken out; the last of it may be part of one, escaped.
+LOOKED_AT = 4 * REASON_BYTES
+LONGEST_SECRET = REASON_BYTES
 # One hour: the longest window in PostHog's own rate limits (`posthog/rate_limit.py` counts by the minute and
 # by the hour). What asks for more is a mistake, and obeying it would look like an agent that died.
 LONGEST_AFTER = 3600.0
 
 SECONDS = re.compile(r"[+-]?\d+(?:\.\d*)?")
-# PostHog's keys, wherever a reply repeats one (docs: project, personal, secret and OAuth keys).
-KEYS = re.compile(r"\bph[acsx]_[\w-]+")
-# A shorter one is no secret, and may be any word.
-KEY_LENGTH = 8
 
 
 def read_reply(
-    status: int, headers: Mapping[str, str], body_start: bytes, now: int, *, key: str = ""
+    status: int, headers: Mapping[str, str], body_start: bytes, now: int, *, secrets: Sequence[str] = ()
 ) -> Verdict:
     """What a reply means; header names in lower case, `now` by the wall clock in microseconds.
 
-    `key` is the one that was sent.
+    `secrets` are what was sent and is not to be repeated: the key, and what configured headers say.
 
     HTML with a 2xx or a 400 did not come from PostHog but from a captive portal or a proxy on the way.
     With 413, 408, 429 and 5xx it is what load balancers say in PostHog's stead, and means the same.
     """
     html = is_html(headers, body_start)
-    text = "" if html else words(body_start, key)
+    if 200 <= status <= 299 and not html:
+        return Accepted()
+    text = "" if html else words(body_start, secrets)
     reason = f"HTTP {status}: {text}" if text else f"HTTP {status}"
     match status:
         case 413:
@@ -57,8 +57,6 @@ def read_reply(
             return Refused("host", f"HTTP {status}: a network that wants a person to log in, not PostHog")
     if status in (408, 429) or 500 <= status <= 599:
         return Retry(retry_after(headers, now), reason, cut=status == 408)
-    if 200 <= status <= 299 and not html:
-        return Accepted()
     if html:
         return Refused("host", f"HTTP {status} with a page of HTML: a portal or proxy, not PostHog")
     if 300 <= status <= 399:
@@ -66,13 +64,14 @@ def read_reply(
     return Refused("host", reason)
 
 
-def words(body_start: bytes, key: str = "") -> str:
+def words(body_start: bytes, secrets: Sequence[str] = ()) -> str:
     """PostHog's plain text on one printable line, without any key."""
-    if len(key) >= KEY_LENGTH:
-        for form in (msgspec.json.encode(key)[1:-1], key.encode()):
-            body_start = body_start.replace(form, b"***")
-    words = " ".join(body_start[: 4 * REASON_BYTES].decode("utf-8", "replace").split())
-    text = KEYS.sub("***", "".join(char if char.isprintable() else "\ufffd" for char in words))
+    beginning = b" ".join(body_start.split())
+    told = without(beginning[:LOOKED_AT], secrets).decode("utf-8", "replace")
+    if len(beginning) > LOOKED_AT:  # a secret may have been cut off
+        told = told[:-LONGEST_SECRET]
+    words = " ".join(told.split())
+    text = without_keys("".join(char if char.isprintable() else "\ufffd" for char in words))
     return text.encode()[:REASON_BYTES].decode("utf-8", "ignore")
 
 

@@ -4,7 +4,7 @@ The facts are those of `PostHog/posthog`, `rust/capture/src/v1` (`constants.rs`,
 `analytics/process.rs`, `analytics/response.rs`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -73,29 +73,31 @@ def body(
 
 
 def read(
-    status: int, headers: Mapping[str, str], body: bytes, now: int, *, key: str = ""
+    status: int, headers: Mapping[str, str], body: bytes, now: int, *, secrets: Sequence[str] = ()
 ) -> Verdict | Absent:
     """What a reply means; header names in lower case, `now` by the wall clock in microseconds.
 
-    `key` is the one that was sent.
+    `secrets` are what was sent and is not to be repeated.
     """
     if status == 404:
         return Absent("HTTP 404")
     if is_html(headers, body):
-        return read_reply(status, headers, body, now, key=key)
+        return read_reply(status, headers, body, now, secrets=secrets)
     if 200 <= status <= 299:
-        return _judged(status, headers, body, now, key)
+        return _judged(status, headers, body, now, secrets)
     try:
         error = _read_error(body)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
-        return read_reply(status, headers, body, now, key=key)
+        return read_reply(status, headers, body, now, secrets=secrets)
     text = f"{error.error}: {error.error_description}" if error.error_description else error.error
     if status == 400 and error.error in NOT_THE_BATCH:
-        return Refused("host", f"HTTP 400: {words(text.encode(), key)}")
-    return read_reply(status, headers, text.encode(), now, key=key)
+        return Refused("host", f"HTTP 400: {words(text.encode(), secrets)}")
+    return read_reply(status, headers, text.encode(), now, secrets=secrets)
 
 
-def _judged(status: int, headers: Mapping[str, str], body: bytes, now: int, key: str) -> Verdict | Absent:
+def _judged(
+    status: int, headers: Mapping[str, str], body: bytes, now: int, secrets: Sequence[str]
+) -> Verdict | Absent:
     """The verdict on each event. One that is not named was taken, and so was one with an unknown result."""
     try:
         results = _read_answer(body).results
@@ -112,7 +114,7 @@ def _judged(status: int, headers: Mapping[str, str], body: bytes, now: int, key:
             case "ok":
                 continue
             case "drop":
-                dead[uuid.lower()] = words(str(judged.details or "dropped").encode(), key)
+                dead[uuid.lower()] = words(str(judged.details or "dropped").encode(), secrets)
             case "retry":
                 again.add(uuid.lower())
             case "warning":

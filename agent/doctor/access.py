@@ -11,13 +11,10 @@ import pwd
 import socket
 import stat
 import struct
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from agent import AgentError
-
-# As many links on one way as Linux follows (path_resolution(7)).
-MOST_LINKS = 40
+from agent.trust import steps
 
 READ, WRITE, ENTER = 4, 2, 1
 
@@ -82,7 +79,7 @@ def obstacle(path: str, who: Person, want: int = WRITE) -> str:
 
     Raises OSError where we may not look ourselves, or the way leads nowhere.
     """
-    for step, found in _steps(path):
+    for step, found in steps(path):
         if step == PRIVATE:
             continue
         last = not stat.S_ISDIR(found.st_mode) or step == os.path.realpath(path)
@@ -93,33 +90,6 @@ def obstacle(path: str, who: Person, want: int = WRITE) -> str:
         may = "write to" if last else "enter"
         return f"{called(who)} may not {may} {step} ({owner}:{group}, mode {stat.S_IMODE(found.st_mode):04o})"
     return ""
-
-
-def _steps(path: str) -> Iterator[tuple[str, os.stat_result]]:
-    """Each folder on the way and then what is there, links followed."""
-    done, left, links = "/", _parts(os.path.abspath(path)), 0
-    yield done, os.lstat(done)
-    while left:
-        part = left.pop(0)
-        if part == "..":
-            done = os.path.dirname(done)
-            continue
-        step = os.path.join(done, part)
-        found = os.lstat(step)
-        if not stat.S_ISLNK(found.st_mode):
-            done = step
-            yield step, found
-            continue
-        links += 1
-        if links > MOST_LINKS:
-            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
-        target = os.readlink(step)
-        done = "/" if target.startswith("/") else done
-        left = _parts(target) + left
-
-
-def _parts(path: str) -> list[str]:
-    return [part for part in path.split("/") if part not in ("", ".")]
 
 
 def _permissions(step: str, found: os.stat_result, who: Person) -> int:

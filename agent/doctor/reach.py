@@ -23,6 +23,7 @@ from agent.deliver.reply import read_reply, server_clock
 from agent.deliver.verdict import Refused
 from agent.doctor.finding import Finding, error, ok
 from agent.doctor.replies import clock, failure, reading
+from agent.veil import sent_by
 
 # PostHog answers in a tenth of a second; who waits at a terminal for longer thinks that it hangs.
 NAME_SECONDS = 5.0
@@ -125,7 +126,8 @@ async def _ask(project: Project, stop: Stop, where: str, *, key: bool, delivers:
     if not isinstance(answer, Reply):
         return [failure(answer, where, asked)]
     wall = time.time_ns() // 1000
-    verdict = read_reply(answer.status, answer.headers, answer.body_start, wall, key=secret)
+    secrets = (secret, *sent_by(project.delivery, getproxies().values()))
+    verdict = read_reply(answer.status, answer.headers, answer.body_start, wall, secrets=secrets)
     found = clock(server_clock(answer.headers), wall, where) if not isinstance(verdict, Refused) else []
     if not secret and isinstance(verdict, Refused) and verdict.hold == "key":
         return [*found, ok("host", where, f"{asked} answers; the key was not to be had, so it was not tried")]
