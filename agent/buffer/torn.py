@@ -7,7 +7,7 @@ is counted as lost.
 """
 
 import sqlite3
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import structlog
@@ -28,7 +28,7 @@ NEWEST_CHUNK = "SELECT ifnull((SELECT seq FROM sqlite_sequence WHERE name = 'chu
 def look_behind(connection: sqlite3.Connection, path: Path, logged: list[int], *, full: bool) -> None:
     """Raises `Damage` where sound commits come after a broken one; where not each was synced, counts them.
 
-    `logged` is behind how many frames of the log commits are.
+    A torn end is taken off. `logged` is behind how many frames of the log commits are.
     """
     try:
         seen = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()[1]
@@ -41,19 +41,28 @@ def look_behind(connection: sqlite3.Connection, path: Path, logged: list[int], *
         frames = found.frames()
     broken = next((number for number, frame in enumerate(frames) if not frame.sound), len(frames))
     torn = next((commit for commit in logged if commit > broken), len(frames)) if found.sound else 0
-    if not any(frame.pages and frame.sound for frame in frames[torn:]):
-        return
-    if full or not found.sound:
+    several = any(frame.pages and frame.sound for frame in frames[torn:])
+    if several and (full or not found.sound):
         raise Damage("the log is broken in its middle")
-    _count_lost(connection, path)
+    lost = _lost(connection, path) if several else 0
+    # SQLite would go on at the broken frame with the same salts: after another power cut the next start would
+    # take what is behind it now for newer than what it wrote.
+    with suppress(sqlite3.OperationalError):  # a full disk, which takes no commit either
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    if several:
+        _enter(connection, lost)
 
 
-def _count_lost(connection: sqlite3.Connection, path: Path) -> None:
-    """Enter the events that only the commits behind the broken one have, as far as these can be read."""
+def _lost(connection: sqlite3.Connection, path: Path) -> int:
+    """How many events only the commits behind the broken one have, as far as these can be read."""
     newest = connection.execute(NEWEST_CHUNK).fetchone()[0]
     with closing(Pages(path)) as pages:
         chunks = dict(filter(None, (_events_of(row) for sheet in pages.logged() for row in sheet.rows)))
-    lost = sum(events for ident, events in chunks.items() if ident > newest)
+    return sum(events for ident, events in chunks.items() if ident > newest)
+
+
+def _enter(connection: sqlite3.Connection, lost: int) -> None:
+    """Book and tell it."""
     if lost:
         connection.execute("BEGIN IMMEDIATE")
         for joint, reason in (("received", ""), ("accepted", ""), ("shed", "damaged")):

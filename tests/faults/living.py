@@ -33,11 +33,11 @@ class Life:
     `w`: it waits for delivery, `d`: it is a dead letter, `n`: nowhere.
     """
 
-    def __init__(self, path: Path, recording: Path, durability: str) -> None:
+    def __init__(self, path: Path, recording: Path, durability: str, part: str) -> None:
         self.path = path
         self._recording = recording
         self._durability = durability
-        self._chance = random.Random(recording.stat().st_size)  # another one for each part of a story
+        self._chance = random.Random(part)  # events of its own for each part of a story
         self.buffer: SqliteBuffer
 
     def say(self, places: str, some: Iterable[str], known: dict[str, list[object]] | None = None) -> None:
@@ -173,11 +173,20 @@ async def harm(life: Life) -> None:
         os._exit(0)
 
 
+async def again(life: Life) -> None:
+    """It is found as a power cut left it, works a little, and is killed."""
+    async with life.open():
+        await life.put(2, 10, 100)
+        await life.settle(1)
+        os._exit(0)
+
+
 STORIES: dict[str, tuple[Callable[[Life], Awaitable[None]], ...]] = {
     "start": (start,),
     "life": (birth, days),
     "flood": (flood,),
     "rescue": (harm,),
+    "again": (again,),
 }
 
 
@@ -186,7 +195,7 @@ if __name__ == "__main__":
     for part in STORIES[story]:
         # Each is a process of its own, and this one has loaded what it needs.
         if not (child := os.fork()):
-            trio.run(part, Life(Path(path), Path(recording), durability))
+            trio.run(part, Life(Path(path), Path(recording), durability, part.__name__))
         _, status = os.waitpid(child, 0)
         if status:
             sys.exit(f"{part.__name__}: {status}")

@@ -4,7 +4,7 @@ import json
 import os
 import random
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,9 +54,9 @@ def steps(recording: Path) -> list[Step]:
 class File:
     """A file: what a sync has put on the disk, and what was done to it since."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, content: bytes = b"") -> None:
         self.number = number
-        self.safe = bytearray()
+        self.safe = bytearray(content)
         self.since: list[Step] = []
 
     def sync(self) -> None:
@@ -148,15 +148,27 @@ PLANS = (
 FOLDERS = ("journal", "posix")
 
 
-class Disk:
-    """The files of one folder while the recording is replayed."""
+# Files of which a recording begins, by name: their numbers and what they hold.
+Before = Mapping[str, tuple[int, bytes]]
+NOTHING: Before = {}
 
-    def __init__(self, folder: str) -> None:
+
+def laid(files: Mapping[str, bytes], folder: Path) -> Before:
+    """Write what a cut left, to begin there."""
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return {name: ((folder / name).stat().st_ino, content) for name, content in files.items()}
+
+
+class Disk:
+    """The files of one folder while the recording is replayed; `before` are those that were there."""
+
+    def __init__(self, folder: str, before: Before) -> None:
         self._journal = folder == "journal"
-        self.now: dict[str, File] = {}
-        self._safe: dict[str, File] = {}
+        self._files = {number: File(number, content) for number, content in before.values()}
+        self._safe = {name: self._files[number] for name, (number, _) in before.items()}
+        self.now = dict(self._safe)
         self._since: list[tuple[str, tuple[str, ...], File]] = []
-        self._files: dict[int, File] = {}
 
     def step(self, step: Step) -> None:
         """Go on by one step."""
@@ -244,9 +256,11 @@ def cuts(recorded: list[Step], most: int) -> list[Cut]:
     return sorted(found)
 
 
-def states(recorded: list[Step], chosen: list[Cut]) -> Iterator[tuple[Cut, dict[str, bytes]]]:
+def states(
+    recorded: list[Step], chosen: list[Cut], before: Before = NOTHING
+) -> Iterator[tuple[Cut, dict[str, bytes]]]:
     """What each cut leaves, in their order."""
-    disks = {folder: Disk(folder) for folder in FOLDERS}
+    disks = {folder: Disk(folder, before) for folder in FOLDERS}
     waiting = iter(chosen)
     cut = next(waiting, None)
     for number in range(len(recorded) + 1):
@@ -258,9 +272,9 @@ def states(recorded: list[Step], chosen: list[Cut]) -> Iterator[tuple[Cut, dict[
                 disk.step(recorded[number])
 
 
-def replayed(recorded: list[Step]) -> dict[str, bytes]:
+def replayed(recorded: list[Step], before: Before = NOTHING) -> dict[str, bytes]:
     """The files at the end, by the recording."""
-    disk = Disk("journal")
+    disk = Disk("journal", before)
     for step in recorded:
         disk.step(step)
     return disk.holds()
