@@ -275,11 +275,15 @@ def _applied(connection: sqlite3.Connection) -> set[str]:
 _BEGUN = {"_sqlite_migrations", "chunk", "dead", "books", "clock", "drops", "sqlite_sequence"}
 
 
+_SHAPE = (f"page_size = {PAGE_BYTES}", "auto_vacuum = INCREMENTAL", f"application_id = {APPLICATION_ID}")
+
+
 def _configure(connection: sqlite3.Connection, *, full: bool, room: Room) -> None:
     """Set what must be set at each opening, and on a new file what shapes it; an old one is not written."""
     new = connection.execute("PRAGMA page_count").fetchone()[0] == 0
     for pragma in (
-        *((f"page_size = {PAGE_BYTES}", "auto_vacuum = INCREMENTAL") if new else ()),
+        # Whose it is stands in the file before there is a log, which a power cut may tear.
+        *(_SHAPE if new else ()),
         "journal_mode = WAL",
         f"synchronous = {'FULL' if full else 'NORMAL'}",
         # Debian builds SQLite to overwrite what is deleted: three quarters of the cost of a queue.

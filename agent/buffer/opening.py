@@ -26,6 +26,7 @@ from agent.buffer.notes import Notes
 from agent.buffer.pages import HEADER_BYTES, page_bytes_of
 from agent.buffer.rescue import refuse_strangers, rescue, unfinished
 from agent.buffer.rows import COUNT_LANES
+from agent.buffer.torn import look_behind
 
 BOOKS = "SELECT joint, label, reason, total FROM books"
 # The way to the oldest and to the newest chunk is whole.
@@ -71,7 +72,7 @@ def reopened(
     leases: Iterable[Lease] = (),
 ) -> Found:
     """The database after a rescue; see there."""
-    rescue(path, why, max_size=max_size, full=full, books=books, leases=leases)
+    rescue(path, why, max_size=max_size, books=books, leases=leases)
     return _opened(path, max_size=max_size, full=full)
 
 
@@ -87,7 +88,7 @@ def _opened(path: Path, *, max_size: int, full: bool) -> Found:
     connection = connect(path, full=full, room=Room.of(max_size))
     try:
         if logged:
-            _refuse_lost_commits(connection, path, logged)
+            look_behind(connection, path, logged, full=full)
         return _look(connection, max_size)
     except BaseException:
         close_beside_log(connection, path)
@@ -104,28 +105,6 @@ def _commits(path: Path) -> list[int]:
             raise Damage("the log is another database's")
         return log.commits()
     return []
-
-
-def _refuse_lost_commits(connection: sqlite3.Connection, path: Path, logged: list[int]) -> None:
-    """Raises `Damage` where SQLite stopped at a broken frame of the log, and sound commits come after it.
-
-    What a power cut tore looks like damage in the last commit, which nobody was told of: that is left out, as
-    SQLite does.
-    """
-    try:
-        seen = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()[1]
-    except sqlite3.OperationalError:  # a full disk: then it takes longer to know
-        seen = 0
-    beyond = [commit for commit in logged if commit > seen]
-    if not beyond:
-        return
-    with open(log_of(path), "rb", buffering=0) as file:
-        log = Log(file.fileno())
-        frames = log.frames()
-    broken = next((number for number, frame in enumerate(frames) if not frame.sound), len(frames))
-    torn = next((commit for commit in logged if commit > broken), len(frames)) if log.sound else 0
-    if any(frame.pages and frame.sound for frame in frames[torn:]):
-        raise Damage("the log is broken in its middle")
 
 
 def _look(connection: sqlite3.Connection, max_size: int) -> Found:

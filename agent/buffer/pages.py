@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from agent.buffer.file import PAGE_BYTES
-from agent.buffer.log import Log, is_page_size
+from agent.buffer.log import Frame, Log, is_page_size
 
 HEADER_BYTES = 100
 
@@ -61,10 +61,10 @@ class Pages:
         if self.log is not None and self.log.sound and said != self.log.page_bytes:
             said, self.log = (self.log.page_bytes, self.log) if said is None else (said, None)
         self.page_bytes = said or PAGE_BYTES
-        self._frames: dict[int, int] = {}
+        self._frames: dict[int, Frame] = {}
         self.count = -(-os.fstat(self._file.fileno()).st_size // self.page_bytes)
         for frame in self.log.committed() if self.log is not None else ():
-            self._frames[frame.page] = frame.at
+            self._frames[frame.page] = frame
             self.count = frame.pages or max(self.count, frame.page)
         self._free = self._freelist()
 
@@ -78,10 +78,16 @@ class Pages:
             if not self._is_free(number) and (sheet := self._sheet(number)) is not None:
                 yield sheet
 
+    def logged(self) -> Iterator[Sheet]:
+        """Those that the log has, and has whole."""
+        for number, frame in self._frames.items():
+            if frame.sound and not self._is_free(number) and (sheet := self._sheet(number)) is not None:
+                yield sheet
+
     def page(self, number: int) -> bytes:
         """A page as it was committed last; empty where it cannot be read."""
         if number in self._frames and self._log is not None:
-            return self._read(self._log.fileno(), self._frames[number], self.page_bytes)
+            return self._read(self._log.fileno(), self._frames[number].at, self.page_bytes)
         if not 0 < number <= self.count:
             return b""
         return self._read(self._file.fileno(), (number - 1) * self.page_bytes, self.page_bytes)

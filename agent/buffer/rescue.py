@@ -42,13 +42,14 @@ def rescue(
     why: str,
     *,
     max_size: int,
-    full: bool,
     books: Books | None = None,
     leases: Iterable[Lease] = (),
 ) -> None:
     """Have a sound database at `path`, with what could be read of the damaged one; nobody has that open.
 
-    Raises `BufferBroken`, and changes nothing, where it is no database of the agent's.
+    Every commit of it is synced, whatever the buffer's durability: the disk may take back what was carried
+    over only when it is surely in the new one. Raises `BufferBroken`, and changes nothing, where it is no
+    database of the agent's.
     """
     started = time.perf_counter()
     new, room = unfinished(path), Room.of(max_size)
@@ -58,7 +59,7 @@ def rescue(
         sync_folder(path)
     old = _set_aside(path)
     Reserve(path, room.reserve).give_up()  # it is made again where there is room
-    with closing(_begun(new, full=full, room=room)) as connection:
+    with closing(_begun(new, room)) as connection:
         # What does not fit into its share beside the new database is given back as it is carried over.
         salvage, larger = Salvage(connection), old.stat().st_size > max_size // kept.SHARE
         connection.execute("BEGIN IMMEDIATE")
@@ -116,6 +117,8 @@ def _set_aside(path: Path) -> Path:
     old = _database_of(begun[0]) if begun else kept.new_name(path)
     with suppress(FileNotFoundError):
         os.rename(log_file, kept.log_of(old))
+        # Else a power cut might undo this and not the other, and the new database had the old one's log.
+        sync_folder(path)
     os.rename(path, old)
     sync_folder(path)
     return old
@@ -125,16 +128,16 @@ def _database_of(log_file: Path) -> Path:
     return log_file.with_name(log_file.name.removesuffix("-wal"))
 
 
-def _begun(new: Path, *, full: bool, room: Room) -> sqlite3.Connection:
+def _begun(new: Path, room: Room) -> sqlite3.Connection:
     """The new database, made or found; one that is itself damaged is made anew."""
     try:
-        return connect(new, full=full, room=room)
+        return connect(new, full=True, room=room)
     except sqlite3.Error as error:
         if not is_damage(error):
             raise
         new.unlink()
         kept.log_of(new).unlink(missing_ok=True)
-        return connect(new, full=full, room=room)
+        return connect(new, full=True, room=room)
 
 
 def _give_back(file: Path, pages: list[int], page_bytes: int) -> None:
