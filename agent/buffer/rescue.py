@@ -15,6 +15,7 @@ from pathlib import Path
 
 import structlog
 
+from agent import crash
 from agent.buffer import Books, Lease
 from agent.buffer import evidence as kept
 from agent.buffer.file import APPLICATION_ID, Room, another_programs, connect, is_damage, make, sync_folder
@@ -56,7 +57,9 @@ def rescue(
         refuse_strangers(path)
         make(new)
         sync_folder(path)
+    crash.point("rescue.begun")
     old = _set_aside(path)
+    crash.point("rescue.aside")
     Reserve(path, room.reserve).give_up()  # it is made again where there is room
     with closing(_begun(new, full=full, room=room)) as connection:
         # What does not fit into its share beside the new database is given back as it is carried over.
@@ -68,17 +71,21 @@ def rescue(
                 spent += salvage.take(sheet)
                 if salvage.pending > room.group // 2:
                     connection.execute("COMMIT")
+                    crash.point("rescue.carried")
                     if larger:
                         _give_back(old, spent, pages.page_bytes)
                     spent, salvage.pending = [], 0
                     connection.execute("BEGIN IMMEDIATE")
         events, lost = salvage.close_books(books, leases)
+        crash.point("rescue.booked")
         connection.execute("COMMIT")
         if larger:
             _give_back(old, spent, pages.page_bytes)
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    crash.point("rescue.whole")
     os.rename(new, path)
     sync_folder(path)
+    crash.point("rescue.named")
     log.error(
         "the buffer was damaged; what could be read was carried over, the rest is counted as damaged",
         why=why,
@@ -116,6 +123,7 @@ def _set_aside(path: Path) -> Path:
     old = _database_of(begun[0]) if begun else kept.new_name(path)
     with suppress(FileNotFoundError):
         os.rename(log_file, kept.log_of(old))
+    crash.point("rescue.log_aside")
     os.rename(path, old)
     sync_folder(path)
     return old

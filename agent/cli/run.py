@@ -19,13 +19,15 @@ def command(config_file: str | None) -> None:
 
     import trio
 
-    from agent import logs, notify, systemd
+    from agent import crash, logs, notify, systemd
     from agent.app import Agent, run_until_signalled
     from agent.cli.options import plainly, read_text, understood
     from agent.cli.places import make_folders
     from agent.handover import found
     from agent.reload import Anew, check_command, replace_process
 
+    with plainly():
+        crash.arm(os.environ)
     handed = found(os.environ)
     with plainly():
         config = understood((handed and handed.config) or read_text(config_file))
