@@ -16,7 +16,7 @@ import msgspec
 import structlog
 import trio
 
-from agent import AgentError
+from agent import AgentError, crash
 from agent.accept.handed import goes_on, place_of
 from agent.accept.sockets import Opened, address_of
 from agent.accept.source import Source, opened
@@ -107,8 +107,10 @@ class Agent:
                     await self._serve(buffer, sockets, pages, showing)
                 showing.cancel_scope.cancel()
             if self.plan is not None:
+                crash.point("reload.drained")
                 at, places = self._clock.now().wall, [(page.sock, page.place) for page in pages]
                 self.handover = handover_of(self.plan, at, self.sources, places, self._passed, self._lock)
+                crash.point("reload.handed")
         log.info("stopped" if self.plan is None else "replaced")
 
     async def reload(self) -> None:
@@ -163,6 +165,8 @@ class Agent:
                 left.remove(handed)
             source = Source(settings, project, its, buffer, self._clock, self.config.projects, handed)
             self.sources.append(source)
+        if self._handed.at:
+            crash.point("reload.resumed")
         timekeeper = Timekeeper(self._clock, buffer)
         await timekeeper.look()  # before anything is stamped
         pulse = Pulse(self._notices, buffer)

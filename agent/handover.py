@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 import msgspec
 import structlog
 
+from agent import crash
 from agent.accept.handed import HandedSource
 from agent.config import Text
 from agent.systemd import Bound
@@ -65,6 +66,7 @@ def found(env: MutableMapping[str, str]) -> Handover | None:
     owner, _, number = said.partition(":")
     if owner != str(os.getpid()) or not number.isdecimal():
         return None
+    crash.point("reload.entered")
     try:
         with open(int(number), "rb") as file:
             file.seek(0)
@@ -79,4 +81,5 @@ def found(env: MutableMapping[str, str]) -> Handover | None:
         )
         os.closerange(FIRST, LAST)
         return None
+    crash.point("reload.read")
     return handover

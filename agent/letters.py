@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from agent import crash
 from agent.buffer import LETTERS_AT_ONCE, DeadLetter, DeadLetters
 from agent.units import format_time
 
@@ -54,6 +55,7 @@ def routes(letters: DeadLetters) -> list[Route]:
         if isinstance(wish, Response):
             return wish
         replayed = await letters.replay(wish.ids)
+        crash.point("replay.done")
         return _json({"done": replayed.letters, "full": replayed.full})
 
     async def purge(request: Request) -> Response:

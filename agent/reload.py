@@ -17,7 +17,7 @@ from typing import NamedTuple, NoReturn
 
 import trio
 
-from agent import AgentError
+from agent import AgentError, crash
 from agent.accept.handed import place_of
 from agent.accept.inherit import WANTED
 from agent.accept.sockets import SocketError, bind_address, bind_unix, dress, removed_at_the_end
@@ -85,6 +85,7 @@ async def planned(config: Config, passed: Passed, anew: Anew) -> Plan:
         raise ReloadRefused("the buffer is in memory, and would be lost", "restart the agent instead")
     text = await trio.to_thread.run_sync(anew.text)
     await _checked(anew.check)
+    crash.point("reload.checked")
     if await trio.to_thread.run_sync(anew.text) != text:
         raise ReloadRefused(f"{text.file}: it was changed while it was read", "reload again")
     try:
@@ -151,6 +152,7 @@ def _open_new(old: Config, new: Config, passed: Passed) -> list[tuple[Bound, int
             elif not passed.knows(ADMIN_SOCKET):
                 sock = bind_unix(place.place, SOCK_STREAM, ADMIN_MODE)
                 made.append((place, stack.enter_context(removed_at_the_end(sock, place.place))))
+        crash.point("reload.opened")
         return [(place, sock.detach()) for place, sock in made]
 
 
@@ -208,6 +210,7 @@ def replace_process(handover: Handover) -> NoReturn:
     """Become the next agent. Raises `AgentError` where the program has gone since the check."""
     environment = {**os.environ, VARIABLE: left(handover)}
     command = [sys.executable, *sys.orig_argv[1:]]
+    crash.point("reload.left")
     try:
         os.execve(command[0], command, environment)  # noqa: S606  # no shell is wanted, only another program
     except OSError as error:

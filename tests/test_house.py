@@ -95,6 +95,7 @@ GROUND = {
     "agent.shape_checks",
     "agent.clock",
     "agent.config",
+    "agent.crash",
     "agent.events",
     "agent.globs",
     "agent.load",

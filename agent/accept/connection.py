@@ -7,6 +7,7 @@ from typing import Protocol
 import msgspec
 import trio
 
+from agent import crash
 from agent.accept.handed import HandedClient, Totals
 from agent.accept.peer import Peer
 from agent.accept.putter import Offered, Outcome, Putter
@@ -319,7 +320,9 @@ class Connection:
             if self._peer.unsent:  # the process before this one left an answer in the middle
                 await self._peer.send(b"")
             while text := await self._acks.next():
+                crash.point("ack.due")
                 await self._peer.send(text)
+                crash.point("ack.written")
         except trio.BrokenResourceError:
             return
 

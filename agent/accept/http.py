@@ -15,7 +15,7 @@ import msgspec
 import trio
 from msgspec import Raw
 
-from agent import httpd
+from agent import crash, httpd
 from agent.accept.flags import PATHS as FLAG_PATHS
 from agent.accept.flags import FlagCalls
 from agent.accept.putter import Offered, Putter
@@ -135,8 +135,10 @@ class HttpSource:
             headers.append((b"retry-after", b"1"))
         if self._settings.cors:
             headers += _cors(self._settings.cors, scope["method"], dict(scope["headers"]))
+        crash.point("answer.due")
         await send({"type": "http.response.start", "status": answer.status, "headers": headers})
         await send({"type": "http.response.body", "body": answer.text})
+        crash.point("answer.written")
 
     def _counting(self, send: Send) -> Send:
         async def counted(message: Message) -> None:

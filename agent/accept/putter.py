@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import trio
 
+from agent import crash
 from agent.accept.rates import Rates
 from agent.accept.tap import Tap
 from agent.buffer import PARTING_SECONDS, Buffer
@@ -245,6 +246,7 @@ class Putter:
             except trio.Cancelled:
                 self._take_back(gathered)
                 raise
+            crash.point("put.returned")
             if taken:
                 self.tap.show(decoded.chunks)
             self._remember(decoded.rejects, reads[0].at)

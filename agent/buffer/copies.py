@@ -8,6 +8,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import IO
 
+from agent import crash
 from agent.buffer import BufferBroken, Shown, first_of
 from agent.buffer.file import PAGE_BYTES, disk_bytes
 from agent.buffer.rows import chunk_of
@@ -64,12 +65,14 @@ class Copies:
                 "make room, or stop the agent and copy the buffer's files",
             )
         number, name = tempfile.mkstemp(prefix=f"{self._path.name}.copy-", dir=folder)
+        crash.point("backup.named")
         file = os.fdopen(number, "rb")
         try:
             self._copy_into(name, pause)
         except BaseException:
             file.close()
             raise
+        crash.point("backup.copied")
         return file
 
     def _copy_into(self, name: str, pause: Callable[[], None]) -> None:

@@ -7,6 +7,7 @@ import msgspec
 import structlog
 import trio
 
+from agent import crash
 from agent.buffer import (
     NOBODY,
     PARTING_SECONDS,
@@ -94,6 +95,7 @@ class Desk:
         """See `Buffer.put`."""
         asked = Asked[Deposit](Deposit(chunks, tally))
         self._deposits.append(asked)
+        crash.point("put.asked")
         try:
             await self._done(asked)
         except trio.Cancelled:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from agent import AgentError
+from agent import AgentError, crash
 from agent.buffer import BufferBroken, BufferBusy, evidence
 
 # "PHca" in ASCII: tells our databases from every other program's (SQLite's application_id).
@@ -82,6 +82,19 @@ def is_full(error: sqlite3.Error) -> bool:
     return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
 
 
+# Errors about files that are there, and not for the agent's user.
+_RIGHTS = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM)
+
+
+def advice(error: sqlite3.Error | OSError) -> str:
+    """What to do about a file that does not open, or cannot be mended; nothing of it is lost."""
+    if isinstance(error, PermissionError) or getattr(error, "sqlite_errorcode", 0) & 0xFF in _RIGHTS:
+        return (
+            "the agent's user must be able to write the file, its -wal and their folder: chown or chmod them"
+        )
+    return "make room on the disk, or mend it, and start again; nothing in the file is lost"
+
+
 class Ownership:
     """The lock beside the database; who holds it owns the buffer. Closing it gives it up.
 
@@ -93,6 +106,7 @@ class Ownership:
         if held is not None:
             if _is_open_as(held, self.path):
                 self._fd = held
+                crash.point("reload.locked")
                 return
             os.close(held)
         try:
@@ -108,6 +122,7 @@ class Ownership:
                 f"{database}: another agent owns this buffer (process {owner})",
                 "stop that agent, or give this one a buffer.path of its own",
             ) from error
+        crash.point("start.locked")
         with suppress(OSError):  # who has it is only told; a full disk must not keep it from anybody
             os.ftruncate(self._fd, 0)
             os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
@@ -174,6 +189,7 @@ def connect(path: Path, *, full: bool, room: Room) -> sqlite3.Connection:
             from agent.buffer.schema import migrate
 
             migrate(connection)
+            crash.point("migrate.numbered")
             connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
     except BaseException:
         close_beside_log(connection, path)
@@ -187,7 +203,9 @@ def close_beside_log(connection: sqlite3.Connection, path: Path) -> None:
     log, hidden = Path(f"{path}-wal"), Path(f"{path}-wal.kept")
     with suppress(FileNotFoundError):
         os.rename(log, hidden)
+    crash.point("log.hidden")
     connection.close()
+    crash.point("log.closed")
     with suppress(FileNotFoundError):
         os.rename(hidden, log)
 

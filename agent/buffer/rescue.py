@@ -15,6 +15,7 @@ from pathlib import Path
 
 import structlog
 
+from agent import crash
 from agent.buffer import Books, Lease
 from agent.buffer import evidence as kept
 from agent.buffer.file import APPLICATION_ID, Room, another_programs, connect, is_damage, make, sync_folder
@@ -57,7 +58,9 @@ def rescue(
         refuse_strangers(path)
         make(new)
         sync_folder(path)
+    crash.point("rescue.begun")
     old = _set_aside(path)
+    crash.point("rescue.aside")
     Reserve(path, room.reserve).give_up()  # it is made again where there is room
     with closing(_begun(new, room)) as connection:
         # What does not fit into its share beside the new database is given back as it is carried over.
@@ -69,17 +72,21 @@ def rescue(
                 spent += salvage.take(sheet)
                 if salvage.pending > room.group // 2:
                     connection.execute("COMMIT")
+                    crash.point("rescue.carried")
                     if larger:
                         _give_back(old, spent, pages.page_bytes)
                     spent, salvage.pending = [], 0
                     connection.execute("BEGIN IMMEDIATE")
         events, lost = salvage.close_books(books, leases)
+        crash.point("rescue.booked")
         connection.execute("COMMIT")
         if larger:
             _give_back(old, spent, pages.page_bytes)
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    crash.point("rescue.whole")
     os.rename(new, path)
     sync_folder(path)
+    crash.point("rescue.named")
     log.error(
         "the buffer was damaged; what could be read was carried over, the rest is counted as damaged",
         why=why,
@@ -119,6 +126,7 @@ def _set_aside(path: Path) -> Path:
         os.rename(log_file, kept.log_of(old))
         # Else a power cut might undo this and not the other, and the new database had the old one's log.
         sync_folder(path)
+    crash.point("rescue.log_aside")
     os.rename(path, old)
     sync_folder(path)
     return old

@@ -9,6 +9,8 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from agent import crash
+
 
 class Reserve:
     """The file `.reserve` beside a database."""
@@ -29,6 +31,7 @@ class Reserve:
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except OSError:
             return False
+        crash.point("reserve.named")
         try:
             os.ftruncate(descriptor, min(self._size, os.fstat(descriptor).st_size))
             os.posix_fallocate(descriptor, 0, self._size)

@@ -10,6 +10,8 @@ import sqlite3
 
 from sqlite_utils import Database, Migrations
 
+from agent import crash
+
 migrations = Migrations("capture-agent")
 
 
@@ -65,6 +67,7 @@ def what_an_event_went_through(db: Database) -> None:
     for table in ("chunk", "dead"):
         db.execute(f"ALTER TABLE {table} ADD COLUMN marks INTEGER NOT NULL DEFAULT 3")
         db.execute(f"ALTER TABLE {table} ADD COLUMN burials TEXT")
+        crash.point("migrate.added")
     db.execute("ALTER TABLE dead ADD COLUMN boot TEXT NOT NULL DEFAULT ''")
     db.execute("ALTER TABLE dead ADD COLUMN monotonic INTEGER NOT NULL DEFAULT 0")
     db.execute(
@@ -93,4 +96,5 @@ VERSION = 4
 def migrate(connection: sqlite3.Connection) -> None:
     """Bring the database to `VERSION`; each step is a transaction of its own."""
     migrations.apply(Database(connection))
+    crash.point("migrate.applied")
     connection.execute(f"PRAGMA user_version = {VERSION}")

@@ -4,6 +4,7 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
+from agent import crash
 from agent.buffer import Entry, Shed, evidence
 from agent.buffer.file import PAGE_BYTES, Damage, Room
 from agent.buffer.lanes import Lane, Lanes
@@ -44,6 +45,7 @@ class Shedding:
             return False
         for ident, lane, _ in list(self._waiting_rows(limit=-1 if missing > self._room.group else 4096)):
             missing -= self.shed(lane, ident, "full_oldest", change) + ROW_BYTES
+            crash.point("shed.oldest")
             if missing <= 0 and size <= self.free():
                 return True
         return False
@@ -84,3 +86,4 @@ class Shedding:
             if received_at >= now - self._max_age:
                 break
             self.shed(lane, ident, "expired", change)
+            crash.point("shed.expired")

@@ -16,10 +16,10 @@ from typing import IO
 import structlog
 import trio
 
-from agent import config
+from agent import config, crash
 from agent.buffer import NOBODY, Books, BufferBroken, BufferBusy, Stats
 from agent.buffer.desk import Asked, Desk, Group, ring
-from agent.buffer.file import Damage, is_damage, is_full
+from agent.buffer.file import Damage, advice, is_damage, is_full
 from agent.buffer.rows import Settlement
 from agent.buffer.store import Store
 from agent.buffer.waiting import Waiting
@@ -131,6 +131,7 @@ class SqliteBuffer(Desk):
             ring(group.settlements)
         else:
             self._settlements = group.settlements + self._settlements
+        crash.point("put.shown")
         ring(asked for asked in group.deposits if asked.what.taken is not None)
         waiting = [asked for asked in group.deposits if asked.what.taken is None and not asked.abandoned]
         full = any(asked.what.chunks for asked in waiting) or (group.full and bool(self._deposits))
@@ -168,7 +169,7 @@ class SqliteBuffer(Desk):
             self._store.rescue(why)
         except (sqlite3.Error, OSError) as error:
             raise BufferBroken(
-                f"{self._store.path}: damaged, and cannot be mended: {error}", _advice(error)
+                f"{self._store.path}: damaged, and cannot be mended: {error}", advice(error)
             ) from error
         self._lost = False
 
@@ -311,19 +312,6 @@ class SqliteBuffer(Desk):
             log.warning("closed without a checkpoint; the next start makes it", error=str(error), hint=hint)
 
 
-# Errors about files that are there, and not for the agent's user.
-_RIGHTS = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM)
-
-
-def _advice(error: sqlite3.Error | OSError) -> str:
-    """What to do about a file that does not open, or cannot be mended; nothing of it is lost."""
-    if isinstance(error, PermissionError) or getattr(error, "sqlite_errorcode", 0) & 0xFF in _RIGHTS:
-        return (
-            "the agent's user must be able to write the file, its -wal and their folder: chown or chmod them"
-        )
-    return "make room on the disk, or mend it, and start again; nothing in the file is lost"
-
-
 @asynccontextmanager
 async def open_sqlite(
     settings: config.Buffer, metrics: Metrics, lock: int | None = None
@@ -335,7 +323,7 @@ async def open_sqlite(
     try:
         store = Store(settings, lock)
     except (sqlite3.Error, OSError) as error:
-        raise BufferBroken(f"{settings.path}: {error}", _advice(error)) from error
+        raise BufferBroken(f"{settings.path}: {error}", advice(error)) from error
     buffer = SqliteBuffer(store, settings, metrics)
     serving = trio.CancelScope(shield=True)
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import structlog
 
-from agent import config
+from agent import config, crash
 from agent.buffer import Entry, Lease, Replayed, revived, too_old_at
 from agent.buffer.copies import Copies
 from agent.buffer.entries import entries_put, entries_settle
@@ -15,6 +15,7 @@ from agent.buffer.file import Damage, Ownership, Room, close_beside_log, disk_by
 from agent.buffer.lane_rows import LaneRows
 from agent.buffer.lanes import Lane, Lanes
 from agent.buffer.opening import Found, opened, reopened
+from agent.buffer.remains import keep
 from agent.buffer.reserve import Reserve
 from agent.buffer.rows import (
     CHUNK_BY_ID,
@@ -24,15 +25,12 @@ from agent.buffer.rows import (
     IDS_UPTO,
     INSERT_CHUNK,
     ROW_BYTES,
-    UPDATE_CHUNK,
     Change,
     Deposit,
     Settlement,
     Taking,
     chunk_of,
     row_of,
-    same_origin,
-    seal_of,
 )
 from agent.buffer.shedding import Shedding
 from agent.buffer.space import give_back_room, is_torn
@@ -56,6 +54,7 @@ class Store:
         self.ownership = Ownership(path, lock)
         try:
             self._load(opened(path, max_size=settings.max_size, full=self._full))
+            crash.point("start.opened")
             self.reserve.hold()
         except BaseException:
             self.ownership.close()
@@ -106,10 +105,13 @@ class Store:
         Raises sqlite3.Error when the checkpoint fails; it is closed all the same, and the log beside it holds
         what the next start reads.
         """
+        crash.point("close.begun")
         try:
             self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            crash.point("close.checkpointed")
         finally:
             self._connection.close()
+            crash.point("close.closed")
             self.ownership.close()
 
     def disk_bytes(self) -> int:
@@ -135,10 +137,13 @@ class Store:
         """All that the block does is committed with the books of it, and shown; nothing, where it raises."""
         change = Change()
         self._connection.execute("BEGIN IMMEDIATE")
+        crash.point("commit.begun")
         try:
             yield change
             self._connection.executemany(ENTER, [(*entry, total) for entry, total in change.books.items()])
+            crash.point("commit.entered")
             self._connection.execute("COMMIT")
+            crash.point("commit.written")
         except BaseException:
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
@@ -187,6 +192,7 @@ class Store:
             return 0
         for chunk in deposit.chunks:
             self._insert(chunk, change)
+            crash.point("put.inserted")
         change.books.update(entries_put(deposit.tally, events, 0))
         return events
 
@@ -214,6 +220,7 @@ class Store:
             until = too_old_at(whole, self._max_age)
             taking.lease = Lease(project=lane[0], key=lane[1], chunks=whole, ids=tuple(ids), until=until)
             self._leases.add(taking.lease)
+            crash.point("take.found")
             return
 
     def _chunk(self, lane: Lane, ident: int) -> Chunk | None:
@@ -247,11 +254,18 @@ class Store:
     def _settle(self, settlement: Settlement, change: Change) -> None:
         """Forget the lease, bury the dead, keep the rest in its chunks' places."""
         lease, lane = settlement.lease, (settlement.lease.project, settlement.lease.key)
-        kept = self._keep(lease, settlement.rest, change)
+        kept, homeless = keep(self._connection, lease, settlement.rest)
+        for chunk in kept.values():
+            self._count(chunk, change)
+        for chunk in homeless:
+            self._insert(chunk, change)
+        crash.point("settle.kept")
         gone = [ident for ident in lease.ids if ident not in kept]
         self._connection.executemany(DELETE_CHUNK, [(ident,) for ident in gone])
+        crash.point("settle.forgotten")
         for dead in settlement.dead:
             self.letters.bury(dead, change)
+            crash.point("settle.buried")
         entries = entries_settle(
             lease, settlement.dead, settlement.rest, settlement.damaged, settlement.warned
         )
@@ -261,37 +275,8 @@ class Store:
         change.lanes.append(lambda: self._leases.discard(lease))
         change.lanes.append(lambda: self.lanes.forget(lane, gone))
         if kept:
-            events = sum(kept.values())
+            events = sum(chunk.events for chunk in kept.values())
             change.lanes.append(lambda: self.lanes.give_back(lane, kept, events))
-
-    def _keep(self, lease: Lease, rest: Sequence[Chunk], change: Change) -> dict[int, int]:
-        """Write what is left of the lease's chunks over them; the ids that stay, and their events."""
-        places = dict(zip(lease.ids, lease.chunks, strict=True))
-        left = {id(chunk) for chunk in rest}
-        kept = {ident: chunk.events for ident, chunk in places.items() if id(chunk) in left}
-        untouched = {id(places.pop(ident)) for ident in kept}
-        for chunk in rest:
-            if id(chunk) in untouched:
-                self._count(chunk, change)
-                continue
-            ident = next((place for place, old in places.items() if same_origin(old, chunk)), None)
-            if ident is None:
-                self._insert(chunk, change)
-                continue
-            del places[ident]
-            values = (
-                chunk.events,
-                chunk.size,
-                chunk.crc,
-                len(chunk.packed),
-                chunk.packed,
-                seal_of(chunk),
-                ident,
-            )
-            self._connection.execute(UPDATE_CHUNK, values)
-            self._count(chunk, change)
-            kept[ident] = chunk.events
-        return kept
 
     def _count(self, chunk: Chunk, change: Change) -> None:
         """A chunk is in the buffer."""
@@ -309,7 +294,9 @@ class Store:
                 if self._shedding.free() < len(chunk.packed) + ROW_BYTES:
                     return Replayed(number, full=True)
                 self.letters.take_out(letter, "replayed", change)
+                crash.point("replay.taken_out")
                 self._insert(chunk, change)
+                crash.point("replay.inserted")
         return Replayed(len(letters), full=False)
 
     def purge(self, ids: Sequence[int]) -> int:
@@ -338,6 +325,7 @@ class Store:
         except sqlite3.Error:
             self.free_pages = 0  # none to give back until the next commit has looked
             return
+        crash.point("pages.given_back")
         self._look_around()
 
     def give_back_room(self) -> None:

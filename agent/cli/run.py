@@ -20,7 +20,7 @@ def command(config_file: str | None) -> None:
     import structlog
     import trio
 
-    from agent import logs, notify, systemd
+    from agent import crash, logs, notify, systemd
     from agent.app import Agent, run_until_signalled
     from agent.cli.options import plainly, read_text, understood
     from agent.cli.places import make_folders
@@ -28,6 +28,8 @@ def command(config_file: str | None) -> None:
     from agent.reload import Anew, check_command, replace_process
     from agent.trust import exposed
 
+    with plainly():
+        crash.arm(os.environ)
     handed = found(os.environ)
     with plainly():
         text = (handed and handed.config) or read_text(config_file)

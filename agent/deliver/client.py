@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol, Self
 import httpx
 import trio
 
+from agent import crash
 from agent.deliver.verdict import Refused, Retry
 from agent.httpc import NOT_HTTP, WayOut, open_client, why
 
@@ -59,6 +60,7 @@ class _Body:
         self.begun = True
         yield self.data
         self.sent = True
+        crash.point("post.sent")
 
 
 class Client:
@@ -116,6 +118,7 @@ class Client:
             "POST", url, content=content, headers={**headers, **size}, extensions=self._extensions
         )
         response = await self._http.send(request, stream=True)
+        crash.point("post.answered")
         start = bytearray()
         async with aclosing(response):
             # A server that refuses a body early may reset the connection behind its answer.

@@ -13,6 +13,7 @@ from urllib.request import getproxies
 import structlog
 import trio
 
+from agent import crash
 from agent.checks import wrong_key
 from agent.config import Project
 from agent.deliver import v1, wire
@@ -178,7 +179,9 @@ class Courier:
     ) -> Reply | Retry | Refused:
         """One request, measured and counted."""
         started = trio.current_time()
+        crash.point("post.due")
         reply = await self._client.post(url, body, headers, most=most)
+        crash.point("post.read")
         status = reply.status if isinstance(reply, Reply) else 0
         (self.statuses if batch.key is None else self.other_statuses)[status] += 1
         self._metrics.requests.labels(label_of(self._project.name, batch.key), str(status)).inc()

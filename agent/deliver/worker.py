@@ -8,6 +8,7 @@ from typing import NamedTuple
 import structlog
 import trio
 
+from agent import crash
 from agent.advice import AWAY, FOREIGN_KEYS, HOLDS
 from agent.buffer import Buffer, Lease, Limits, leased
 from agent.config import Project
@@ -208,6 +209,7 @@ class Delivery:
     async def _settle(self, lease: Lease, shipment: Shipment) -> None:
         now = self._now().wall
         rest = shipment.rest
+        crash.point("settle.due")
         await self._buffer.settle(
             lease,
             shipment.dead(now),
@@ -215,6 +217,7 @@ class Delivery:
             damaged=sum(chunk.events for chunk in shipment.damaged),
             warned=shipment.warned,
         )
+        crash.point("settle.done")
         for chunk in _delivered(lease.chunks, (*rest, *shipment.damaged)):
             self._metrics.accept_to_delivered_seconds.observe(max(0, now - chunk.received_at) / 1_000_000)
 
