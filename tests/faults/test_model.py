@@ -3,11 +3,10 @@
 The long form (`-m slow`) tells two thousand lives of each kind, of fifty steps each.
 """
 
-import os
 import shutil
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import count
@@ -483,16 +482,8 @@ WAYS = [
 ]
 
 
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """In memory, where there is such a place: a kill does not care, and a disk would take most time."""
-    place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(dir=place) as name:
-        yield Path(name)
-
-
 @pytest.mark.parametrize(
-    ("lives", "steps"), [(20, 30), pytest.param(2000, 50, marks=pytest.mark.slow)], ids=["some", "many"]
+    ("lives", "steps"), [(8, 40), pytest.param(2000, 50, marks=pytest.mark.slow)], ids=["some", "many"]
 )
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(map(str, way)))
 async def test_any_life(way: Way, lives: int, steps: int, folder: Path) -> None:
