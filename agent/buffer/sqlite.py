@@ -242,9 +242,7 @@ class SqliteBuffer(Desk):
             oldest=store.oldest,
             dead_letters=store.letters.count,
             free_bytes=max(0, store.free_bytes),
-            waiting=len(self._deposits)
-            if self._full or self.trouble
-            else 0,  # also while they are tried again
+            waiting=len(self._deposits) if self._full or self.trouble else 0,
             unleased=store.lanes.waiting,
         )
         self._waiting.show(store.lanes.changed)
