@@ -100,6 +100,11 @@ class Ledger:
         self.taken: list[Lease] = []  # since it was last seen
         self.refusals: list[tuple[str, Container[str | None]]] = []  # takes that found nothing
 
+    @property
+    def expires(self) -> bool:
+        """Whether what is too old goes, at the next call at the latest."""
+        return self._sheds == "expired"
+
     def copy(self) -> "Ledger":
         """As it is now, however this one goes on."""
         other = copy(self)
@@ -239,14 +244,13 @@ class Ledger:
         assert self._sheds, f"events {gone} are lost"
         for number in gone:
             origin = self.origins[number]
-            assert self._sheds != "expired" or origin.received_at == STALE, "a young event was shed"
+            assert not self.expires or origin.received_at == STALE, "a young event was shed"
             self._book("shed", label_of(origin.project, origin.key), self._sheds, 1)
         shed = {ident for ident, one in self.rows.items() if not gone.isdisjoint(self.numbers(one))}
         assert shed.isdisjoint(spared), "a leased chunk was shed"
         assert shed.isdisjoint(seen.rows), "half a chunk was shed"
         stayed = [ident for ident in self.rows if ident in seen.rows and ident not in spared]
-        by_age = self._sheds == "expired"
-        assert by_age or not shed or not stayed or max(shed) < min(stayed), "not the oldest was shed"
+        assert self.expires or not shed or not stayed or max(shed) < min(stayed), "not the oldest was shed"
         self._move(gone, "waiting", "shed")
 
     def _see_what_was_evicted(self, seen: Seen, buried: set[int]) -> None:
@@ -281,6 +285,8 @@ class Ledger:
             mine = [ident for ident in lease.ids if ident not in self.tried]
             assert mine == sorted(fresh)[: len(mine)], "a younger chunk was leased first"
             self.tried |= set(lease.ids)
+            first = min(ident for ident in seen.rows if ident not in others)
+            assert seen.rows[first].received_at != STALE or not self.expires, "what is too old was leased"
         for project, without in self.refusals:
             for ident, one in seen.rows.items():
                 withheld = one.project == project and one.key not in without

@@ -115,7 +115,7 @@ WAYS = [
 
 
 @pytest.mark.parametrize(
-    ("lives", "steps"), [(8, 40), pytest.param(200, 50, marks=pytest.mark.slow)], ids=["some", "many"]
+    ("lives", "steps"), [(5, 40), pytest.param(200, 50, marks=pytest.mark.slow)], ids=["some", "many"]
 )
 @pytest.mark.parametrize("way", WAYS, ids=str)
 async def test_any_life(
