@@ -667,6 +667,20 @@ async def test_a_settled_lease_gives_nothing_back(opened: Opener) -> None:
         assert_balanced(buffer)
 
 
+async def test_a_lease_that_was_given_back_gives_nothing_back_again(opened: Opener) -> None:
+    """Its chunks may be another's by then."""
+    async with opened() as buffer:
+        await put(buffer, chunk(1))
+        first = await take(buffer)
+        await buffer.release(first)
+        second = await take(buffer)
+        await buffer.release(first)
+        assert await buffer.take(ALL, "default") is None
+        await buffer.settle(second)
+        assert buffer.stats().events == 0
+        assert_balanced(buffer)
+
+
 async def test_what_came_back_is_leased_though_what_lay_behind_it_is_gone(opened: Opener) -> None:
     """It waits for what was there when it came back, but not for what has been shed since."""
     async with opened(max_age=60.0) as buffer:

@@ -18,7 +18,7 @@ import trio
 import trio.testing
 from processes import ENVIRONMENT
 from sqlite_utils import Database
-from test_buffer_contract import ALL, FULL, LARGE, assert_balanced, chunk, put, take, total
+from test_buffer_contract import ALL, FULL, LARGE, assert_balanced, chunk, fill, put, take, total
 
 from agent import AgentError, config
 from agent.buffer import BufferBroken, BufferBusy, Entry, Limits
@@ -388,3 +388,52 @@ async def test_it_does_not_answer_while_its_writer_hangs(tmp_path: Path) -> None
         assert not answered.is_set()
         disk.set()
         await answered.wait()
+
+
+@asynccontextmanager
+async def held_up(buffer: SqliteBuffer) -> AsyncIterator[None]:
+    """Within the block a group is taken off the queues, and waits for the file."""
+    await buffer.answer()
+    await buffer._limiter.acquire_on_behalf_of(buffer)
+    try:
+        yield
+        await trio.testing.wait_all_tasks_blocked()
+    finally:
+        buffer._limiter.release_on_behalf_of(buffer)
+
+
+async def test_a_put_that_is_cancelled_while_it_is_tried_is_let_go(tmp_path: Path) -> None:
+    """As soon as it is known to have found no room: nobody waits for an answer that will not come."""
+    scope = trio.CancelScope()
+
+    async def caller() -> None:
+        with scope:
+            await put(buffer, chunk(1000, size=LARGE))
+
+    async with opened(tmp_path / "b.db", max_size=FULL) as buffer, trio.open_nursery() as nursery:
+        await fill(buffer)
+        async with held_up(buffer):
+            nursery.start_soon(caller)
+            await trio.testing.wait_all_tasks_blocked()
+            scope.cancel()
+        await buffer.answer()
+        await trio.testing.wait_all_tasks_blocked()
+        assert not nursery.child_tasks
+        assert_balanced(buffer)
+
+
+async def test_a_put_that_is_tried_again_is_still_waiting(tmp_path: Path) -> None:
+    """Whoever looks at that moment is not told that there is room."""
+    async with opened(tmp_path / "b.db", max_size=FULL) as buffer, trio.open_nursery() as nursery:
+        await fill(buffer)
+        nursery.start_soon(put, buffer, chunk(1000, size=LARGE))
+        await trio.testing.wait_all_tasks_blocked()
+        await buffer.answer()
+        assert buffer.stats().waiting == 1
+        async with held_up(buffer):
+            buffer.close_door()
+            await trio.testing.wait_all_tasks_blocked()
+            assert buffer.stats().waiting == 1
+        await buffer.answer()
+        assert buffer.stats().waiting == 0
+        assert total(buffer, "shed", "shutdown") == 10

@@ -56,6 +56,7 @@ class MemoryBuffer:
         self._chunks: dict[int, Chunk] = {}
         self._lines: dict[str, dict[str | None, dict[int, Chunk]]] = {}  # the same by project and key
         self._lanes = Lanes()
+        self._leases: set[Lease] = set()  # neither settled nor released
         self._last = 0
         self._bytes = 0
         self._dead = MemoryLetters(settings.max_size // DEAD_SHARE)
@@ -154,7 +155,9 @@ class MemoryBuffer:
                 self._lanes.lease(lane, ids, sum(chunk.events for chunk in chunks))
                 self._show()
                 until = too_old_at(chunks, self._max_age)
-                return Lease(project=project, key=lane[1], chunks=chunks, ids=tuple(ids), until=until)
+                lease = Lease(project=project, key=lane[1], chunks=chunks, ids=tuple(ids), until=until)
+                self._leases.add(lease)
+                return lease
         return None
 
     def _candidates(self, lane: Lane, queue: Queue, most: int) -> Sequence[int]:
@@ -190,6 +193,7 @@ class MemoryBuffer:
         warned: int = 0,
     ) -> None:
         """See `Buffer.settle`."""
+        self._leases.discard(lease)
         for chunk in rest:
             self._insert(chunk)
         for ident in lease.ids:
@@ -256,7 +260,8 @@ class MemoryBuffer:
 
     async def release(self, lease: Lease) -> None:
         """See `Buffer.release`."""
-        if lease.ids[0] in self._lanes.leased:
+        if lease in self._leases:
+            self._leases.discard(lease)
             events = sum(chunk.events for chunk in lease.chunks)
             self._lanes.give_back((lease.project, lease.key), lease.ids, events)
             lines = self._lines[lease.project]

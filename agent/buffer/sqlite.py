@@ -64,8 +64,7 @@ class SqliteBuffer(Desk):
 
     def stats(self) -> Stats:
         """See `Buffer.stats`."""
-        waiting = len(self._deposits) if self._full or self.trouble else 0
-        return self._stats._replace(disk_bytes=self._store.disk_bytes(), waiting=waiting)
+        return self._stats._replace(disk_bytes=self._store.disk_bytes())
 
     def books(self) -> Books:
         """See `Buffer.books`."""
@@ -117,7 +116,6 @@ class SqliteBuffer(Desk):
         """Do all that is asked at this moment (µs), or as much as one transaction should hold."""
         group = self._next_group()
         await self._in_thread(partial(self._work, group, now, closing=self._closing))
-        self._show()
         if group.damage:
             self._takings = [asked for asked in group.takings if asked.what.lease is None] + self._takings
             group.takings = [asked for asked in group.takings if asked.what.lease is not None]
@@ -132,11 +130,12 @@ class SqliteBuffer(Desk):
         else:
             self._settlements = group.settlements + self._settlements
         crash.point("put.shown")
-        ring(asked for asked in group.deposits if asked.what.taken is not None)
+        ring(asked for asked in group.deposits if asked.what.taken is not None or asked.abandoned)
         waiting = [asked for asked in group.deposits if asked.what.taken is None and not asked.abandoned]
         full = any(asked.what.chunks for asked in waiting) or (group.full and bool(self._deposits))
         self._tell_full(full=full and not group.damage)
         self._deposits = waiting + self._deposits
+        self._show()
         self._takings = group.unserved + self._takings
         group.takings = [asked for asked in group.takings if asked not in group.unserved]
         if self._full or group.unserved or (self.trouble and (self._deposits or self._settlements)):
@@ -244,7 +243,7 @@ class SqliteBuffer(Desk):
             oldest=store.oldest,
             dead_letters=store.letters.count,
             free_bytes=max(0, store.free_bytes),
-            waiting=0,
+            waiting=len(self._deposits) if self._full or self.trouble else 0,
             unleased=store.lanes.waiting,
         )
         self._waiting.show(store.lanes.changed)
