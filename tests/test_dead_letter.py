@@ -115,7 +115,8 @@ async def test_a_replay_keeps_the_uuid_and_the_history(tmp_path: Path) -> None:
             return Reply(200, b'{"status":"Ok"}')
 
         at.sink._script = take
-        assert (await at.verb("replay", str(after["id"]), "--json")).stdout == '{"replayed":1}\n'
+        twice = await at.verb("replay", str(after["id"]), str(after["id"]), "--json")
+        assert (twice.stdout, twice.returncode) == ('{"replayed":1}\n', 0)
         status = await at.agent.until(delivered=10)
         assert (status["books"]["replayed"], status["books"]["balanced"]) == (2, True)
         assert status["buffer"]["dead_letters"] == 0
@@ -223,6 +224,10 @@ async def test_nobody_there_is_said(tmp_path: Path) -> None:
         ("GET", "/dead-letters?after=x", b"", 400),
         ("GET", "/dead-letters/1", b"", 404),
         ("GET", "/dead-letters/-1", b"", 404),
+        ("GET", f"/dead-letters/{2**63}", b"", 404),
+        ("GET", f"/dead-letters?after={2**63}", b"", 200),
+        ("GET", f"/dead-letters?after={'9' * 5000}", b"", 400),
+        ("POST", "/dead-letters/replay", b'{"ids": [%d, %d]}' % (2**63, -(2**70)), 200),
         ("POST", "/dead-letters/replay", b"{}", 400),
         ("POST", "/dead-letters/purge", b'{"ids": "all"}', 400),
         ("GET", "/dead-letters/purge", b"", 405),
@@ -231,11 +236,12 @@ async def test_nobody_there_is_said(tmp_path: Path) -> None:
 async def test_the_pages_refuse_what_they_do_not_know(
     tmp_path: Path, method: str, path: str, body: bytes, status: int
 ) -> None:
-    """A wrong request is told so, and does nothing."""
+    """A wrong request is told so, and does nothing: not even an id beyond SQLite's integers ends the agent."""
     async with running(configure(tmp_path, "http://127.0.0.1:9")):
         transport = httpx.AsyncHTTPTransport(uds=str(tmp_path / "admin.sock"))
         async with httpx.AsyncClient(transport=transport, base_url="http://agent") as client:
             assert (await client.request(method, path, content=body)).status_code == status
+            assert (await client.get("/livez")).status_code == 200
 
 
 async def test_the_address_has_no_dead_letters() -> None:

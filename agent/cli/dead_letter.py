@@ -13,7 +13,16 @@ from agent.cli.options import config_option, plain
 # Characters of a line of the list: PostHog's words can be long, `show` has them all.
 WIDTH = 200
 
-ids_argument = click.argument("ids", metavar="[ID]...", nargs=-1, type=click.IntRange(min=1))
+
+
+def _each_once(_ctx: click.Context, _parameter: click.Parameter, ids: Sequence[int]) -> Sequence[int]:
+    """What is asked for twice is done once, and is no letter that is missing."""
+    return tuple(dict.fromkeys(ids))
+
+
+ids_argument = click.argument(
+    "ids", metavar="[ID]...", nargs=-1, type=click.IntRange(min=1), callback=_each_once
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 
