@@ -236,7 +236,7 @@ async def test_nobody_there_is_said(tmp_path: Path) -> None:
 async def test_the_pages_refuse_what_they_do_not_know(
     tmp_path: Path, method: str, path: str, body: bytes, status: int
 ) -> None:
-    """A wrong request is told so, and does nothing: not even an id beyond SQLite's integers ends the agent."""
+    """A wrong request is told so, and does nothing; an id beyond SQLite's integers ends no agent."""
     async with running(configure(tmp_path, "http://127.0.0.1:9")):
         transport = httpx.AsyncHTTPTransport(uds=str(tmp_path / "admin.sock"))
         async with httpx.AsyncClient(transport=transport, base_url="http://agent") as client:

@@ -21,7 +21,7 @@ SELECT = """SELECT id, project, key, CAST(event AS BLOB), reason, detail, at, re
 # Dead letters take at most this part of the bound; the oldest go first.
 DEAD_SHARE = 10
 
-# SQLite's integers have 64 bits with the sign; what is larger is no row's id, and Python's sqlite3 raises on it.
+# SQLite's integers have 64 bits: what is larger is no row's id, and makes Python's sqlite3 raise.
 IDS = range(1, 2**63)
 
 

@@ -9,10 +9,10 @@ import msgspec
 from agent.cli.asking import asked, progress
 from agent.cli.letters import Burial, Letter, Shelf
 from agent.cli.options import config_option, plain
+from agent.cli.output import legible
 
 # Characters of a line of the list: PostHog's words can be long, `show` has them all.
 WIDTH = 200
-
 
 
 def _each_once(_ctx: click.Context, _parameter: click.Parameter, ids: Sequence[int]) -> Sequence[int]:
@@ -79,7 +79,7 @@ def show(config_file: str | None, ident: int, as_json: bool) -> None:
         for burial in letter.earlier:
             click.echo(f"{'earlier':<12} {_burial(burial)}")
         click.echo(f"{'refused':<12} {_burial(letter)}")
-        click.echo(msgspec.json.format(bytes(letter.body), indent=2))
+        click.echo(legible(msgspec.json.format(bytes(letter.body), indent=2)))
 
     _with_shelf(config_file, work)
 
@@ -217,11 +217,11 @@ def _burial(burial: Burial) -> str:
 
 
 def _dumped(letter: Letter) -> str:
-    return msgspec.json.encode(letter).decode()
+    return legible(msgspec.json.encode(letter))
 
 
-def _exported(letter: Letter) -> bytes:
+def _exported(letter: Letter) -> str:
     """The event byte for byte, and one field more."""
     names = ("id", "project", "other_key", "reason", "detail", "at", "attempts")
     why = msgspec.json.encode({name: getattr(letter, name) for name in names})
-    return bytes(letter.body)[:-1] + b',"dead_letter":' + why + b"}"
+    return legible(bytes(letter.body)[:-1] + b',"dead_letter":' + why + b"}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from agent.cli.options import config_option, plainly, read_config
+from agent.cli.options import config_option, plain, plainly, read_config
 from agent.cli.places import folders
 from agent.cli.reach import ask_status, find_socket
 
@@ -168,16 +168,12 @@ def _lines(findings: "Sequence[Finding]") -> Iterator[str]:
     """A line for each finding, with the next step under it; what a terminal could obey is escaped."""
     for finding in findings:
         level = click.style(f"{finding.level:8}", fg=COLOURS[finding.level], bold=finding.level == "error")
-        yield f"{level}{_printable(f'{finding.check}: {finding.where}: {finding.what}')}"
+        yield f"{level}{plain(f'{finding.check}: {finding.where}: {finding.what}')}"
         if finding.hint:
-            yield f"          try: {_printable(finding.hint)}"
+            yield f"          try: {plain(finding.hint)}"
     errors, warned = (sum(finding.level == level for finding in findings) for level in ("error", "warning"))
     yield f"{_count(errors, 'error')}, {_count(warned, 'warning')}"
 
 
 def _count(number: int, what: str) -> str:
     return f"{number or 'no'} {what}{'' if number == 1 else 's'}"
-
-
-def _printable(text: str) -> str:
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

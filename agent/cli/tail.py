@@ -9,6 +9,7 @@ import click
 import msgspec
 
 from agent.cli.options import config_option, plain
+from agent.cli.output import legible
 from agent.cli.reach import find_socket, no_permission, not_running, refused
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def _lines(answer: "httpx.Response") -> Iterator[bytes]:
 
 def _show(line: bytes, *, as_json: bool) -> None:
     if as_json:
-        click.echo(line)
+        click.echo(legible(line))
         return
     said = msgspec.json.decode(line, type=Line)
     if said.event is None:
