@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 
 FORMS = 'a text, { file = "..." }, { env = "NAME" } or { credential = "NAME" }'
 
+NO_CREDENTIALS = "systemd passes credentials to the agent's unit only"
+
 
 def look_up(given: object, env: Mapping[str, str], read_text: Callable[[str], str]) -> str:
     """The secret, without white space around it. ValueError says why there is none; it holds no secret.
@@ -18,8 +20,8 @@ def look_up(given: object, env: Mapping[str, str], read_text: Callable[[str], st
         case {"credential": str(name), **rest} if not rest:
             if (folder := env.get("CREDENTIALS_DIRECTORY")) is not None:
                 return _read(f"{folder}/{name}", read_text)
-            unit = f"LoadCredential={name}:... in the unit passes this one"
-            raise ValueError(f"systemd passed no credentials ({unit})")
+            instead = 'start it by that, or use { file = "..." } or { env = "NAME" }'
+            raise ValueError(f"{NO_CREDENTIALS} (LoadCredential={name}:...): {instead}")
         case {"env": str(name), **rest} if not rest:
             if text := env.get(name):
                 return text.strip()
