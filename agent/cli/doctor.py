@@ -129,7 +129,7 @@ def _parted(line: str) -> tuple[str, str]:
 
 
 def _ask_agent(config: "Config", path: str) -> "tuple[Status | None, bool, list[Finding]]":
-    """The running agent's status, where one lets us ask; whether one runs silently; what is to be said of it."""
+    """The running agent's status, where it tells it; whether one may run silently; what is to be said of that."""
     from agent.doctor import error, warning
     from agent.doctor.live import look
 
