@@ -129,7 +129,7 @@ def _parted(line: str) -> tuple[str, str]:
 
 
 def _ask_agent(config: "Config", path: str) -> "tuple[Status | None, bool, list[Finding]]":
-    """The running agent's status, where it tells it; whether one may run silently; what is to be said of that."""
+    """The running agent's status, where it tells it; whether one may run silently; what to say of that."""
     from agent.doctor import error, warning
     from agent.doctor.live import look
 

@@ -59,8 +59,9 @@ async def examine(
 ) -> list[Finding]:
     """What is found by looking at disks, at the agent's counters, and at PostHog.
 
-    `status` is a running agent's, `again` asks for it anew. `own` are folders that the agent makes itself. The
-    buffer of an agent that is `silent` is its own affair. Without `keys` the projects' keys are not to be had.
+    `status` is a running agent's, `again` asks for it anew. `own` are folders that the agent makes itself.
+    The buffer of an agent that is `silent` is its own affair. Without `keys` the projects' keys are not to be
+    had.
     """
     parts: list[list[Finding]] = [[] for _ in range(3 + len(config.projects))]
 
