@@ -19,6 +19,8 @@ from prometheus_client import CollectorRegistry
 from agent import config as settings
 from agent.admin import View, make_app
 from agent.buffer.memory import open_memory
+from agent.cli.dead_letter import WIDTH, _line
+from agent.cli.letters import Letter
 from agent.sink import Reply, Request, Sink, serving
 
 UUID = "00000000-0000-4000-8000-000000000001"
@@ -92,6 +94,18 @@ async def test_what_was_refused_can_be_looked_at(tmp_path: Path) -> None:
         missing = await at.verb("show", "4711")
         assert missing.returncode == 1
         assert "4711" in missing.stderr
+
+
+def test_long_names_leave_the_reason_its_room() -> None:
+    """A line of the list says why, whatever the event is called."""
+    said = {"at": "2026-11-24T10:00:00.000Z", "received_at": "2026-11-24T10:00:00.000Z", "uuid": UUID}
+    letter = Letter(
+        id=1, project="p", event="e" * 200, distinct_id="d" * 200, reason="rejected", detail="its words",
+        attempts=1, other_key=False, **said,
+    )  # fmt: skip
+    line = _line(letter)
+    assert line.endswith("…: rejected: its words")
+    assert len(line) <= WIDTH
 
 
 async def test_a_replay_keeps_the_uuid_and_the_history(tmp_path: Path) -> None:

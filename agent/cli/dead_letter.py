@@ -13,6 +13,8 @@ from agent.cli.output import legible
 
 # Characters of a line of the list: PostHog's words can be long, `show` has them all.
 WIDTH = 200
+# Of a name or an id, which may take up to 200 characters, so that the reason has room.
+NAME_WIDTH = 40
 
 
 def _each_once(_ctx: click.Context, _parameter: click.Parameter, ids: Sequence[int]) -> Sequence[int]:
@@ -201,9 +203,14 @@ def _unknown(ids: Sequence[int]) -> SystemExit:
 
 
 def _line(letter: Letter) -> str:
-    what = f"{letter.event} of {letter.distinct_id}: {letter.reason}: {letter.detail}"
+    who = f"{_short(letter.event)} of {_short(letter.distinct_id)}"
+    what = f"{who}: {letter.reason}: {letter.detail}"
     line = plain(f"{letter.id:>7}  {letter.at}  {_owner(letter)}  {what}")
-    return line if len(line) <= WIDTH else line[: WIDTH - 1] + "…"
+    return _short(line, WIDTH)
+
+
+def _short(text: str, most: int = NAME_WIDTH) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _owner(letter: Letter) -> str:
