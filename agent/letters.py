@@ -40,7 +40,7 @@ def routes(letters: DeadLetters) -> list[Route]:
     async def index(request: Request) -> Response:
         """`?after=ID`: the next page; `?full=1`: with the events themselves."""
         after, full = request.query_params.get("after", "0"), "full" in request.query_params
-        if not after.isascii() or not after.isdecimal():
+        if not _is_number(after):
             return _refused("after is not the id of a dead letter")
         kept = await letters.letters_kept()
         page = [_told(letter, full=full) for letter in await letters.letters(int(after), LETTERS_AT_ONCE)]
@@ -68,6 +68,11 @@ def routes(letters: DeadLetters) -> list[Route]:
         Route("/dead-letters/purge", purge, methods=["POST"]),
         Route("/dead-letters/{ident:int}", show),
     ]
+
+
+def _is_number(text: str) -> bool:
+    """No id has more digits than SQLite's largest integer, and `int` raises on a text of thousands."""
+    return text.isascii() and text.isdecimal() and len(text) <= len(str(2**63))
 
 
 async def _wish(request: Request) -> _Wish | Response:

@@ -41,6 +41,8 @@ NAMED = ("project", "source")
 Table = Mapping[str, Any]
 S = TypeVar("S", bound=Settings)
 
+HINT = "every setting is explained in config/capture-agent.toml; `capture-agent check` reads it all again"
+
 # Stands for a source's key that was not looked up, or not found, which is told by itself; nothing is hashed.
 UNREAD = "-" * 16
 
@@ -112,7 +114,7 @@ class _Reading:
         if self._mistakes:
             # A key may stand where a name or another value belongs, and a mistake tells these.
             mistakes = without_keys("\n".join(dict.fromkeys(self._mistakes)))
-            raise ConfigError(mistakes, "`capture-agent check` shows the settings in force")
+            raise ConfigError(mistakes, HINT)
         return config
 
     def _wrong(self, where: str, what: str) -> None:
@@ -120,7 +122,12 @@ class _Reading:
 
     def _refuse_unknown(self, table: Table, known: Sequence[str], where: str) -> None:
         for name in table:
-            if name not in known:
+            if name in known:
+                continue
+            kinds = [word for word, kind in KINDS.items() if name in kind.__struct_fields__]
+            if where.startswith("source[") and kinds:
+                self._wrong(f"{where}{name}", f"is not for this kind of source, but for {', '.join(kinds)}")
+            else:
                 self._wrong(f"{where}{name}", f"unknown key{suggestion(name, known)}")
 
     # --- the environment ---------------------------------------------------------------------------
@@ -181,18 +188,19 @@ class _Reading:
         fields = {field.name: field for field in msgspec.structs.fields(kind)}
         self._refuse_unknown(table, tuple(fields), f"{where}.")
         values: dict[str, Any] = {}
-        wrong: dict[str, str] = {}
+        wrong: dict[str, Sequence[str]] = {}
         for name, value in self._overridden(kind, table, f"{where}.", section or where).items():
             if name not in fields:
                 continue
             try:
                 values[name] = converted(value, fields[name].type)
             except ValueError as error:
-                wrong[name] = str(error)
+                wrong[name] = error.args
                 if fields[name].required:
                     values[name] = ""  # never used: the mistake ends in a ConfigError
         made = kind(**values)
-        for name, what in {**dict(checks.of(made)), **wrong}.items():
+        allowed = [(name, what) for name, what in checks.of(made) if name not in wrong]
+        for name, what in (*allowed, *((name, what) for name, whats in wrong.items() for what in whats)):
             self._wrong(f"{where}.{name}", what)
         return made
 

@@ -8,6 +8,8 @@ _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 
 FORMS = 'a text, { file = "..." }, { env = "NAME" } or { credential = "NAME" }'
 
+NO_CREDENTIALS = "systemd passes credentials to the agent's unit only"
+
 
 def look_up(given: object, env: Mapping[str, str], read_text: Callable[[str], str]) -> str:
     """The secret, without white space around it. ValueError says why there is none; it holds no secret.
@@ -24,7 +26,8 @@ def look_up(given: object, env: Mapping[str, str], read_text: Callable[[str], st
         case {"credential": str(name), **rest} if not rest:
             if (folder := env.get("CREDENTIALS_DIRECTORY")) is not None:
                 return _read(f"{folder}/{name}", f"the credential that it names, in {folder}", read_text)
-            raise ValueError("systemd passed no credentials (LoadCredential=NAME:... in the unit passes one)")
+            instead = 'start it by that, or use { file = "..." } or { env = "NAME" }'
+            raise ValueError(f"{NO_CREDENTIALS} (LoadCredential=NAME:... in it): {instead}")
         case {"env": str(name), **rest} if not rest:
             if text := env.get(name):
                 return text.strip()

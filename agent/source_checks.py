@@ -69,8 +69,9 @@ def _of_rates(source: Source) -> Iterator[Wrong]:
         yield from between(burst, most, 0, 10**9)
         if most and not rate:
             yield burst, f"is of no use without {name}"
-    if any(not 0 <= uid < 2**32 for uid in getattr(source, "allow_uids", ())):
-        yield "allow_uids", "holds what is no user id"
+    for uid in getattr(source, "allow_uids", ()):
+        if not 0 <= uid < 2**32:
+            yield "allow_uids", f"{uid} is no user id"
 
 
 def of_passed(given: Mapping[str, object]) -> Iterator[Wrong]:

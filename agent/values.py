@@ -1,6 +1,7 @@
 """A setting's value: from how a file or the environment writes it to what the program computes with."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -9,13 +10,20 @@ import msgspec
 from agent.config import Secret
 from agent.units import parse_duration, parse_size
 
+# What msgspec calls the types of values, as a person would.
+WORDS = {
+    "str": "a text", "int": "a whole number", "float": "a number", "bool": "true or false", "null": "nothing",
+    "array": "a list", "object": "a table", "datetime": "a date", "date": "a date", "time": "a time of day",
+}  # fmt: skip
+_TYPES = re.compile(r"Expected `(\w+)`, got `(\w+)`.*")
+
 
 def _secret(kind: type, value: object) -> object:
     """A secret of what should be a text, any other value as it is."""
     if kind is not Secret:
         return value
     if not isinstance(value, str):
-        raise TypeError(f"Expected str, got {type(value).__name__}")
+        raise TypeError(f"Expected `str`, got `{type(value).__name__}`")
     return Secret(value)
 
 
@@ -43,10 +51,14 @@ def _choices(kind: object) -> tuple[str, ...]:
 
 
 def converted(value: object, kind: Any) -> object:
-    """The value as its setting's type. ValueError says what is wrong with it.
+    """The value as its setting's type. Each argument of a ValueError says something that is wrong with it.
 
     `Any`: what msgspec says is a field's type may be any annotation.
     """
+    if wrong := [
+        f"{place} {why}" for place, entry, of in _entries(value, kind) for why in _wrongs(entry, of)
+    ]:
+        raise ValueError(*wrong)
     if unit := unit_of(kind):
         if not isinstance(value, str):
             example = '"5 MiB"' if unit == "size" else '"250 ms"'
@@ -58,4 +70,25 @@ def converted(value: object, kind: Any) -> object:
         if isinstance(value, str) and (choices := _choices(kind)):
             close = suggestion(value, choices)
             raise ValueError(f"{value!r} is not one of {', '.join(choices)}{close}") from error
-        raise ValueError(str(error).replace("`", "")) from error
+        raise ValueError(_TYPES.sub(_in_words, str(error))) from error
+
+
+def _entries(value: object, kind: Any) -> Iterator[tuple[str, object, Any]]:
+    """What a list or a table holds: where it stands there, the value, and the type that it should have."""
+    if isinstance(value, list) and get_origin(kind) is tuple:
+        yield from ((f"entry {number}", entry, get_args(kind)[0]) for number, entry in enumerate(value, 1))
+    elif isinstance(value, dict) and get_origin(kind) is Mapping:
+        yield from ((repr(name), entry, get_args(kind)[1]) for name, entry in value.items())
+
+
+def _wrongs(value: object, kind: Any) -> Sequence[str]:
+    try:
+        converted(value, kind)
+    except ValueError as error:
+        return error.args
+    return ()
+
+
+def _in_words(types: re.Match[str]) -> str:
+    wanted, got = (WORDS.get(word, word) for word in types.groups())
+    return f"must be {wanted}, not {got}"

@@ -361,7 +361,10 @@ async def test_dead_letters_can_be_looked_at(opened: Opener) -> None:
         assert one == first[1]
         for name in DeadEvent.__struct_fields__:
             assert getattr(one, name) == getattr(given[1], name)
-        assert await buffer.letter(kept.newest + 1) is None
+        for nobody in (kept.newest + 1, 2**63, 2**200):
+            assert await buffer.letter(nobody) is None
+            assert await buffer.letters(nobody, 10) == []
+            assert await buffer.purge([nobody, -nobody]) == 0
 
 
 async def test_a_replayed_letter_waits_for_delivery_again(opened: Opener) -> None:

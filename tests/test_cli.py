@@ -186,6 +186,30 @@ def test_without_an_agent(tmp_path: Path, verb: str) -> None:
     assert "no agent is running" in done.stderr
 
 
+async def test_an_agent_that_hangs_is_told(tmp_path: Path) -> None:
+    """No command waits for ever for one that is stopped: each says so, and what to do."""
+    config = str(configure(tmp_path, "http://127.0.0.1:9"))
+    verbs = ("status", "top", "tail", "export", "dead-letter list", f"backup {tmp_path}/copy.db")
+    async with running(Path(config)) as agent:
+        agent.send(signal.SIGSTOP)
+        try:
+            async with trio.open_nursery() as nursery:
+                for verb in verbs:
+                    nursery.start_soon(_hears_nothing, verb, config)
+        finally:
+            agent.send(signal.SIGCONT)
+    assert not list(tmp_path.glob("copy.db*"))
+
+
+async def _hears_nothing(verb: str, config: str) -> None:
+    done = await trio.to_thread.run_sync(run, *verb.split(), "--config", config)
+    wrong, hint = done.stderr.splitlines()
+    assert (done.returncode, wrong.endswith("admin.sock does not answer: timed out")) == (1, True), (
+        done.stderr
+    )
+    assert hint.startswith("  try: ")
+
+
 def test_where_nothing_can_be_written() -> None:
     """As in a container with a read-only root: `tempfile` finds no folder, and no traceback comes of it."""
     no_files = ("sh", "-c", 'ulimit -f 0; exec "$@"', "sh")  # files of no more than 0 blocks

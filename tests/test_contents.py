@@ -269,8 +269,9 @@ async def test_the_address_has_neither() -> None:
                 assert (await client.get(path)).status_code == 404
 
 
-async def test_a_killed_backup_leaves_the_old_copy(tmp_path: Path) -> None:
-    """Cut off half way, FILE is what it was."""
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+async def test_a_killed_backup_leaves_the_old_copy(tmp_path: Path, end: signal.Signals) -> None:
+    """Cut off half way, by a person or by a timer, FILE is what it was, and nothing is beside it."""
     async with holding(tmp_path, events=1) as agent:
         copy = tmp_path / "copy.db"
         copy.write_text("an older one")
@@ -281,8 +282,8 @@ async def test_a_killed_backup_leaves_the_old_copy(tmp_path: Path) -> None:
         with trio.fail_after(30):
             while len([name for name in os.listdir(tmp_path) if name.startswith("copy.db.")]) == 0:
                 await trio.sleep(0.02)
-            process.send_signal(signal.SIGINT)
-            assert await process.wait() == 1
+            process.send_signal(end)
+            assert await process.wait() == 130
         agent.send(signal.SIGCONT)
         assert copy.read_text() == "an older one"
         assert [name for name in os.listdir(tmp_path) if name.startswith("copy.db")] == ["copy.db"]

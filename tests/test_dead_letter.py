@@ -19,6 +19,8 @@ from prometheus_client import CollectorRegistry
 from agent import config as settings
 from agent.admin import View, make_app
 from agent.buffer.memory import open_memory
+from agent.cli.dead_letter import WIDTH, _line
+from agent.cli.letters import Letter
 from agent.sink import Reply, Request, Sink, serving
 
 UUID = "00000000-0000-4000-8000-000000000001"
@@ -94,6 +96,18 @@ async def test_what_was_refused_can_be_looked_at(tmp_path: Path) -> None:
         assert "4711" in missing.stderr
 
 
+def test_long_names_leave_the_reason_its_room() -> None:
+    """A line of the list says why, whatever the event is called."""
+    said = {"at": "2026-11-24T10:00:00.000Z", "received_at": "2026-11-24T10:00:00.000Z", "uuid": UUID}
+    letter = Letter(
+        id=1, project="p", event="e" * 200, distinct_id="d" * 200, reason="rejected", detail="its words",
+        attempts=1, other_key=False, **said,
+    )  # fmt: skip
+    line = _line(letter)
+    assert line.endswith("…: rejected: its words")
+    assert len(line) <= WIDTH
+
+
 async def test_a_replay_keeps_the_uuid_and_the_history(tmp_path: Path) -> None:
     """Refused again it is a dead letter again, with what went before; taken it is delivered, and counted."""
     async with refusing(tmp_path) as at:
@@ -115,7 +129,8 @@ async def test_a_replay_keeps_the_uuid_and_the_history(tmp_path: Path) -> None:
             return Reply(200, b'{"status":"Ok"}')
 
         at.sink._script = take
-        assert (await at.verb("replay", str(after["id"]), "--json")).stdout == '{"replayed":1}\n'
+        twice = await at.verb("replay", str(after["id"]), str(after["id"]), "--json")
+        assert (twice.stdout, twice.returncode) == ('{"replayed":1}\n', 0)
         status = await at.agent.until(delivered=10)
         assert (status["books"]["replayed"], status["books"]["balanced"]) == (2, True)
         assert status["buffer"]["dead_letters"] == 0
@@ -223,6 +238,10 @@ async def test_nobody_there_is_said(tmp_path: Path) -> None:
         ("GET", "/dead-letters?after=x", b"", 400),
         ("GET", "/dead-letters/1", b"", 404),
         ("GET", "/dead-letters/-1", b"", 404),
+        ("GET", f"/dead-letters/{2**63}", b"", 404),
+        ("GET", f"/dead-letters?after={2**63}", b"", 200),
+        ("GET", f"/dead-letters?after={'9' * 5000}", b"", 400),
+        ("POST", "/dead-letters/replay", b'{"ids": [%d, %d]}' % (2**63, -(2**70)), 200),
         ("POST", "/dead-letters/replay", b"{}", 400),
         ("POST", "/dead-letters/purge", b'{"ids": "all"}', 400),
         ("GET", "/dead-letters/purge", b"", 405),
@@ -231,11 +250,12 @@ async def test_nobody_there_is_said(tmp_path: Path) -> None:
 async def test_the_pages_refuse_what_they_do_not_know(
     tmp_path: Path, method: str, path: str, body: bytes, status: int
 ) -> None:
-    """A wrong request is told so, and does nothing."""
+    """A wrong request is told so, and does nothing; an id beyond SQLite's integers ends no agent."""
     async with running(configure(tmp_path, "http://127.0.0.1:9")):
         transport = httpx.AsyncHTTPTransport(uds=str(tmp_path / "admin.sock"))
         async with httpx.AsyncClient(transport=transport, base_url="http://agent") as client:
             assert (await client.request(method, path, content=body)).status_code == status
+            assert (await client.get("/livez")).status_code == 200
 
 
 async def test_the_address_has_no_dead_letters() -> None:

@@ -157,6 +157,32 @@ async def test_a_key_that_only_the_agent_has_is_no_error(tmp_path: Path) -> None
     assert report.one("configuration")[0] == "warning"
 
 
+async def test_what_systemd_passes_to_the_unit_alone_is_no_error(tmp_path: Path) -> None:
+    """Before the first start of an agent whose key is a credential, nothing can be said of the key."""
+    async with serving(Sink()) as url:
+        file = configure(tmp_path, url)
+        file.write_text(file.read_text().replace('api_key = "phc_test"', 'api_key = { credential = "k" }'))
+        report = await examined(file)
+    assert report.code == 0, report.text
+    level, what = report.one("configuration")
+    assert (level, "systemd passes credentials to the agent's unit only" in what) == ("warning", True)
+
+
+async def test_an_agent_that_hangs_is_the_only_error(tmp_path: Path) -> None:
+    """Its sockets and its buffer are its own: neither systemd nor a second agent is suspected of them."""
+    async with serving(Sink()) as url:
+        file = configure(tmp_path, url)
+        async with running(file) as agent:
+            agent.send(signal.SIGSTOP)
+            try:
+                report = await examined(file)
+            finally:
+                agent.send(signal.SIGCONT)
+    assert [told["check"] for told in report.document["findings"] if told["level"] == "error"] == ["agent"]
+    assert all(level == "ok" for level, _ in report.told("socket"))
+    assert report.told("buffer") == []
+
+
 async def test_a_hold_is_told_with_its_reason(tmp_path: Path) -> None:
     """What the running agent suffers from is told as it tells it."""
     async with serving(Sink(status=401)) as url:
@@ -327,6 +353,7 @@ def _filled(path: Path) -> None:
         (_foreign, "error", "another program's SQLite database"),
         (_newer, "error", "written by a newer capture-agent (schema 99"),
         (_torn, "error", "the database is damaged"),
+        (Path.mkdir, "error", "this is no file"),
         (_filled, "ok", "whole; 50 events wait in it"),
     ],
 )
@@ -334,10 +361,10 @@ def test_a_buffer_that_cannot_be_used_is_told(tmp_path: Path, make: Any, level: 
     """A foreign, newer or damaged file is told, and is not changed."""
     path = tmp_path / "buffer.db"
     make(path)
-    before = path.read_bytes() if path.exists() else None
+    before = path.read_bytes() if path.is_file() else None
     found = list(store.look(Buffer(path=str(path)), made=False))[-1]
     assert (found.level, said in found.what) == (level, True), found
-    assert (path.read_bytes() if path.exists() else None) == before
+    assert (path.read_bytes() if path.is_file() else None) == before
     assert {file.name for file in tmp_path.iterdir()} <= {"buffer.db"}
 
 

@@ -159,7 +159,10 @@ def test_what_is_printed_resolved_reads_back_as_the_same() -> None:
             "delivery.linger: 'soon' is not a number with a unit, such as \"250 ms\"",
         ),
         ("[delivery]\nmax_batch_events = 5000\n", "delivery.max_batch_events: must be at most 4096"),
-        ("[delivery]\nmax_batch_events = '5'\n", "delivery.max_batch_events: Expected int, got str"),
+        (
+            "[delivery]\nmax_batch_events = '5'\n",
+            "delivery.max_batch_events: must be a whole number, not a text",
+        ),
         ("[delivery]\nbackoff_max = '10 ms'\n", "delivery.backoff_max: must be at least 1 s"),
         (
             "[delivery.headers]\nContent-Type = 'x'\n",
@@ -195,7 +198,11 @@ def test_what_is_printed_resolved_reads_back_as_the_same() -> None:
                 ' such as "https://app.example.com", nor "*"'
             ),
         ),
-        ("[[source]]\nkind = 'http'\ncors = '*'\n", "source[http].cors: Expected array, got str"),
+        ("[[source]]\nkind = 'http'\ncors = '*'\n", "source[http].cors: must be a list, not a text"),
+        (
+            "[[source]]\nkind = 'udp'\nallow_uids = [1]\n",
+            "source[udp].allow_uids: is not for this kind of source, but for unix_stream, unix_datagram",
+        ),
         ("[[source]]\nkind = 'http'\nmax_body = '1 GiB'\n", "source[http].max_body: must be at most 100 MiB"),
         (
             "[[source]]\nkind = 'http'\nkeys = 'all'\n",
@@ -486,7 +493,10 @@ def test_where_keys_may_come_from() -> None:
     [
         ('{ file = "/k" }', "/k: No such file or directory"),
         ('{ env = "KEY" }', "the environment variable KEY is not set"),
-        ('{ credential = "k" }', "systemd passed no credentials"),
+        (
+            '{ credential = "k" }',
+            "systemd passes credentials to the agent's unit only (LoadCredential=k:...): ",
+        ),
         ('{ file = "/k", env = "KEY" }', "must be "),
         ("5", "must be "),
     ],
@@ -495,6 +505,45 @@ def test_keys_that_are_not_where_they_should_be(form: str, wrong: str) -> None:
     """Each says what was looked for."""
     [line] = mistakes(f"[project]\napi_key = {form}")
     assert line.startswith(f"c.toml: project.api_key: {wrong}")
+
+
+def test_every_entry_that_is_wrong_is_told() -> None:
+    """Also several of one list or table, by what is wrong with their types and by what they may be."""
+    text = """
+        [project]
+        api_key = "phc_x"
+        [[source]]
+        kind = "http"
+        drop = ["a", 3, "b", true]
+        trusted_proxies = ["10.0.0.0/8", "bogus", "300.1.1.1"]
+        cors = ["*", "x", "y"]
+        rename = { a = "b", c = 5, d = [] }
+        [[source]]
+        kind = "unix_stream"
+        allow_uids = [1, -3, 5000000000]
+        """
+    told = [line.removeprefix("c.toml: source[").partition(": ")[::2] for line in mistakes(text)]
+    assert told == [
+        ("http].trusted_proxies", _no_network("bogus")),
+        ("http].trusted_proxies", _no_network("300.1.1.1")),
+        ("http].cors", _no_origin("x")),
+        ("http].cors", _no_origin("y")),
+        ("http].drop", "entry 2 must be a text, not a whole number"),
+        ("http].drop", "entry 4 must be a text, not true or false"),
+        ("http].rename", "'c' must be a text, not a whole number"),
+        ("http].rename", "'d' must be a text, not a list"),
+        ("unix_stream].allow_uids", "-3 is no user id"),
+        ("unix_stream].allow_uids", "5000000000 is no user id"),
+    ]
+
+
+def _no_network(text: str) -> str:
+    no = f"{text!r} does not appear to be an IPv4 or IPv6 network"
+    return f'{no}: write a network, such as "10.0.0.0/8", or an address'
+
+
+def _no_origin(text: str) -> str:
+    return f'{text!r} is not an origin, such as "https://app.example.com", nor "*"'
 
 
 def test_a_project_overrides_the_common_delivery() -> None:

@@ -21,6 +21,9 @@ SELECT = """SELECT id, project, key, CAST(event AS BLOB), reason, detail, at, re
 # Dead letters take at most this part of the bound; the oldest go first.
 DEAD_SHARE = 10
 
+# SQLite's integers have 64 bits: what is larger is no row's id, and makes Python's sqlite3 raise.
+IDS = range(1, 2**63)
+
 
 class Letters:
     """The table `dead`; what is done to it is counted in a `Change`, which `apply` shows once committed."""
@@ -58,13 +61,15 @@ class Letters:
 
     def beyond(self, after: int, most: int) -> list[DeadLetter]:
         """The first letters whose id is beyond `after`."""
+        if after > IDS[-1]:
+            return []
         rows = self._connection.execute(f"{SELECT} WHERE id > ? ORDER BY id LIMIT ?", (after, most))
         return [_letter(row) for row in rows]
 
     def of_ids(self, ids: Sequence[int]) -> list[DeadLetter]:
         """Those of the letters that there are, each once."""
         found = []
-        for ident in dict.fromkeys(ids):
+        for ident in dict.fromkeys(filter(IDS.__contains__, ids)):
             row = self._connection.execute(f"{SELECT} WHERE id = ?", (ident,)).fetchone()
             found += [_letter(row)] if row else []
         return found

@@ -1,11 +1,14 @@
 """The command `capture-agent`: one module a verb, each loaded only when it is asked for."""
 
+import os
 import resource
 from importlib import import_module
+from typing import Any
 
 import click
 
 from agent import __version__
+from agent.cli.output import interruptible, open_streams
 
 # The verbs in the order in which a person meets them, and the line that `--help` shows for each.
 VERBS = {
@@ -28,6 +31,19 @@ VERBS = {
 
 class _Verbs(click.Group):
     """Knows its verbs without loading them: `--help` must not wait for an HTTP server to load."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Run the command, with streams that it can rely on."""
+        from agent.cli.options import plainly
+
+        open_streams()
+        with plainly():
+            return super().main(*args, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the verb; Ctrl-C is told from a question that was denied, which click calls the same."""
+        with interruptible():
+            return super().invoke(ctx)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(VERBS)
@@ -68,6 +84,8 @@ def main(ctx: click.Context, config_file: str | None) -> None:
     """
     _leave_no_core()
     ctx.obj = config_file
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":  # as rich does it (no-color.org)
+        ctx.color = False
 
 
 def _leave_no_core() -> None:

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from agent.cli.options import load_config, plainly
-from agent.cli.reach import find_socket, no_permission, not_running, refused
+from agent.cli.reach import find_socket, no_permission, not_running, refused, silent
 
 if TYPE_CHECKING:
     import httpx
 
 # A page is made in milliseconds; a disk that stalls may take long, and then somebody should look.
 PATIENCE_SECONDS = 60.0
+# Whether the agent's process turns at all needs no disk; an agent under load says so in milliseconds.
+FIRST_PATIENCE_SECONDS = 5.0
 
 
 def asked(config_file: str | None, work: Callable[["httpx.AsyncClient"], Awaitable[None]]) -> None:
@@ -49,10 +51,12 @@ async def _reached(config_file: str | None) -> AsyncIterator["httpx.AsyncClient"
     if path:
         async with at_socket(path) as client:
             try:
-                await client.get("/livez")
+                await client.get("/livez", timeout=FIRST_PATIENCE_SECONDS)
             except httpx.ConnectError as error:
                 if "Permission denied" in str(error):
                     raise no_permission(path) from None
+            except httpx.HTTPError as error:
+                raise silent(path, error) from None
             else:
                 async with answering(path):
                     yield client
@@ -81,8 +85,7 @@ async def answering(path: str) -> AsyncIterator[None]:
         click.echo(f"capture-agent: the agent at {path} refused: {what}; its log says why", err=True)
         raise SystemExit(1) from None
     except httpx.HTTPError as error:
-        click.echo(f"capture-agent: the agent at {path} does not answer: {error}", err=True)
-        raise SystemExit(1) from None
+        raise silent(path, error) from None
 
 
 @asynccontextmanager

@@ -1,6 +1,7 @@
 """`capture-agent backup`: a consistent copy of the buffer's database."""
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -53,11 +54,15 @@ def command(file: str, config_file: str | None, as_json: bool) -> None:
 
 @contextmanager
 def _replacing(path: str) -> Iterator[IO[bytes]]:
-    """A file that takes this name at the end of the block, on disk; where the block fails there is none."""
+    """A file that takes this name at the end of the block, on disk; where the block fails there is none.
+
+    A timer's SIGTERM is as good as Ctrl-C: else it would leave half a copy behind each time.
+    """
     if os.path.exists(f"{path}.lock"):
         click.echo(f"capture-agent: {path}: is an agent's buffer ({path}.lock is beside it)", err=True)
         click.echo("  try: another name for the copy", err=True)
         raise SystemExit(2)
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     folder = os.path.dirname(path) or "."
     try:
         number, name = tempfile.mkstemp(prefix=f"{os.path.basename(path)}.", dir=folder)

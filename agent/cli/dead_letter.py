@@ -9,11 +9,22 @@ import msgspec
 from agent.cli.asking import asked, progress
 from agent.cli.letters import Burial, Letter, Shelf
 from agent.cli.options import config_option, plain
+from agent.cli.output import legible
 
 # Characters of a line of the list: PostHog's words can be long, `show` has them all.
 WIDTH = 200
+# Of a name or an id, which may take up to 200 characters, so that the reason has room.
+NAME_WIDTH = 40
 
-ids_argument = click.argument("ids", metavar="[ID]...", nargs=-1, type=click.IntRange(min=1))
+
+def _each_once(_ctx: click.Context, _parameter: click.Parameter, ids: Sequence[int]) -> Sequence[int]:
+    """What is asked for twice is done once, and is no letter that is missing."""
+    return tuple(dict.fromkeys(ids))
+
+
+ids_argument = click.argument(
+    "ids", metavar="[ID]...", nargs=-1, type=click.IntRange(min=1), callback=_each_once
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 
@@ -70,7 +81,7 @@ def show(config_file: str | None, ident: int, as_json: bool) -> None:
         for burial in letter.earlier:
             click.echo(f"{'earlier':<12} {_burial(burial)}")
         click.echo(f"{'refused':<12} {_burial(letter)}")
-        click.echo(msgspec.json.format(bytes(letter.body), indent=2))
+        click.echo(legible(msgspec.json.format(bytes(letter.body), indent=2)))
 
     _with_shelf(config_file, work)
 
@@ -192,9 +203,14 @@ def _unknown(ids: Sequence[int]) -> SystemExit:
 
 
 def _line(letter: Letter) -> str:
-    what = f"{letter.event} of {letter.distinct_id}: {letter.reason}: {letter.detail}"
+    who = f"{_short(letter.event)} of {_short(letter.distinct_id)}"
+    what = f"{who}: {letter.reason}: {letter.detail}"
     line = plain(f"{letter.id:>7}  {letter.at}  {_owner(letter)}  {what}")
-    return line if len(line) <= WIDTH else line[: WIDTH - 1] + "…"
+    return _short(line, WIDTH)
+
+
+def _short(text: str, most: int = NAME_WIDTH) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _owner(letter: Letter) -> str:
@@ -208,11 +224,11 @@ def _burial(burial: Burial) -> str:
 
 
 def _dumped(letter: Letter) -> str:
-    return msgspec.json.encode(letter).decode()
+    return legible(msgspec.json.encode(letter))
 
 
-def _exported(letter: Letter) -> bytes:
+def _exported(letter: Letter) -> str:
     """The event byte for byte, and one field more."""
     names = ("id", "project", "other_key", "reason", "detail", "at", "attempts")
     why = msgspec.json.encode({name: getattr(letter, name) for name in names})
-    return bytes(letter.body)[:-1] + b',"dead_letter":' + why + b"}"
+    return legible(bytes(letter.body)[:-1] + b',"dead_letter":' + why + b"}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from agent.cli.options import config_option, plainly, read_config, read_text
+from agent.cli.options import config_option, plain, plainly, read_config, read_text
 from agent.cli.places import folders
 from agent.cli.reach import ask_status, find_socket
 
@@ -73,17 +73,17 @@ def _findings(config_file: str | None, who: "Person | None") -> "list[Finding]":
     path = config.admin.socket
     if not os.path.exists(path):  # without a file, the agent may be another user's
         path = find_socket(config_file, "admin.sock", needed=False)
-    status, said = _ask_agent(config, path)
-    if status is not None:
-        findings = list(map(_unless_the_agents, findings))
+    status, silent, said = _ask_agent(config, path)
+    findings = [_unless_the_agents(mistake, agent=silent or status is not None) for mistake in findings]
     findings += said
     findings += [
         warning("permissions", *found) for found in exposed(config, read_text(config_file), user_of(config))
     ]
-    findings += before_threads(config, status, who)
+    findings += before_threads(config, status, who, silent=silent)
     place = folders()
     again = partial(_again, path)
-    findings += trio.run(partial(examine, config, status, again, (place.state, place.runtime), keys=keys))
+    own = (place.state, place.runtime)
+    findings += trio.run(partial(examine, config, status, again, own, silent=silent, keys=keys))
     return findings
 
 
@@ -106,15 +106,24 @@ def _configuration(config_file: str | None) -> "tuple[Config | None, list[Findin
         return None, findings
 
 
-def _unless_the_agents(mistake: "Finding") -> "Finding":
-    """A running agent has its key, by an environment or credential of its own, though we have none."""
+def _unless_the_agents(mistake: "Finding", *, agent: bool) -> "Finding":
+    """An agent has its key by an environment or credential of its own, though we have none.
+
+    One that does not run is none that needs it: what systemd will pass to its unit cannot be seen before.
+    """
     from agent.doctor import warning
+    from agent.references import NO_CREDENTIALS
 
     if not mistake.where.endswith(".api_key") or mistake.what.startswith(OF_A_KEY_ITSELF):
         return mistake
     what = f"the key cannot be read here, so it is not checked: {mistake.what}"
-    hint = "run the doctor as root, or with the agent's environment; the running agent has its own"
-    return warning(mistake.check, mistake.where, what, hint)
+    if agent:
+        hint = "run the doctor as root, or with the agent's environment; the running agent has its own"
+        return warning(mistake.check, mistake.where, what, hint)
+    if mistake.what.startswith(NO_CREDENTIALS):
+        hint = "start the agent and look again as root, or give the doctor the key as CAPTURE_AGENT_API_KEY"
+        return warning(mistake.check, mistake.where, what, hint)
+    return mistake
 
 
 def _parted(line: str) -> tuple[str, str]:
@@ -123,32 +132,31 @@ def _parted(line: str) -> tuple[str, str]:
     return (": ".join(parts[:2]), parts[2]) if len(parts) == 3 else ("the configuration", line)
 
 
-def _ask_agent(config: "Config", path: str) -> "tuple[Status | None, list[Finding]]":
-    """The running agent's status, where one runs and lets us ask; and what is to be said of that."""
+def _ask_agent(config: "Config", path: str) -> "tuple[Status | None, bool, list[Finding]]":
+    """The running agent's status, where it tells it; whether one may run silently; what to say of that."""
     from agent.doctor import error, warning
     from agent.doctor.live import look
 
     if not path:
         hint = "set admin.socket, so that commands can ask the agent"
-        return None, [
-            warning("agent", "admin.socket", "the configuration has none: no agent can be asked", hint)
-        ]
+        what = "the configuration has none: no agent can be asked"
+        return None, False, [warning("agent", "admin.socket", what, hint)]
     try:
         status: Status = json.loads(ask_status(path))
     except PermissionError:
         hint = "run the doctor as root or as a member of the socket's group"
-        return None, [warning("agent", path, "this user may not ask the agent", hint)]
+        return None, True, [warning("agent", path, "this user may not ask the agent", hint)]
     except (FileNotFoundError, ConnectionRefusedError):
         hint = "start it: systemctl start capture-agent, or capture-agent run"
-        return None, [warning("agent", path, "no agent is running", hint)]
+        return None, False, [warning("agent", path, "no agent is running", hint)]
     except (OSError, ValueError) as failed:
         hint = "look at its log (journalctl -u capture-agent), and restart it if it hangs"
-        return None, [error("agent", path, f"the agent does not answer: {failed}", hint)]
+        return None, True, [error("agent", path, f"the agent does not answer: {failed}", hint)]
     try:
-        return status, list(look(config, status, path))
+        return status, False, list(look(config, status, path))
     except (KeyError, TypeError, AttributeError):  # a document of other fields
         hint = "give the agent and this command the same version; see what listens there: ss -xlp"
-        return None, [error("agent", path, "what answers is no agent of this version", hint)]
+        return None, True, [error("agent", path, "what answers is no agent of this version", hint)]
 
 
 def _again(path: str) -> Status | None:
@@ -172,16 +180,12 @@ def _lines(findings: "Sequence[Finding]") -> Iterator[str]:
     """A line for each finding, with the next step under it; what a terminal could obey is escaped."""
     for finding in findings:
         level = click.style(f"{finding.level:8}", fg=COLOURS[finding.level], bold=finding.level == "error")
-        yield f"{level}{_printable(f'{finding.check}: {finding.where}: {finding.what}')}"
+        yield f"{level}{plain(f'{finding.check}: {finding.where}: {finding.what}')}"
         if finding.hint:
-            yield f"          try: {_printable(finding.hint)}"
+            yield f"          try: {plain(finding.hint)}"
     errors, warned = (sum(finding.level == level for finding in findings) for level in ("error", "warning"))
     yield f"{_count(errors, 'error')}, {_count(warned, 'warning')}"
 
 
 def _count(number: int, what: str) -> str:
     return f"{number or 'no'} {what}{'' if number == 1 else 's'}"
-
-
-def _printable(text: str) -> str:
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

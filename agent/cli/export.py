@@ -1,12 +1,14 @@
 """`capture-agent export`: the events that wait in the buffer, as lines."""
 
 import sys
+from codecs import getincrementaldecoder
 from typing import TYPE_CHECKING
 
 import click
 
 from agent.cli.asking import asked, parts_of, progress
 from agent.cli.options import config_option
+from agent.cli.output import legible
 
 if TYPE_CHECKING:
     import httpx
@@ -25,12 +27,14 @@ def command(config_file: str | None) -> None:
     async def work(client: "httpx.AsyncClient") -> None:
         from agent.flow import TOTAL
 
+        whole = getincrementaldecoder("utf-8")("backslashreplace").decode  # a part may end within a character
         async with client.stream("GET", "/export") as answer:
             total = int(answer.headers.get(TOTAL, 0))
             # Lines on a terminal are progress enough, and a bar would stand in them.
-            with progress(total, shown=not sys.stdout.isatty()) as advance:
+            terminal = sys.stdout.isatty()
+            with progress(total, shown=not terminal) as advance:
                 async for part in parts_of(answer):
-                    sys.stdout.buffer.write(part)
+                    sys.stdout.buffer.write(legible(whole(part)).encode() if terminal else part)
                     advance(part.count(b"\n"))
             sys.stdout.buffer.flush()
 

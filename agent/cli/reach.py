@@ -85,6 +85,13 @@ def not_running(path: str) -> SystemExit:
     return SystemExit(3)
 
 
+def silent(path: str, error: Exception) -> SystemExit:
+    """Says that what listens at a socket does not answer as an agent that is well does; exit code 1."""
+    click.echo(f"capture-agent: the agent at {path} does not answer: {str(error) or 'timed out'}", err=True)
+    click.echo("  try: its log (journalctl -u capture-agent); restart it if it hangs", err=True)
+    return SystemExit(1)
+
+
 def refused(answer: "httpx.Response", path: str) -> SystemExit:
     """Tells what the agent will not do, in its words where it has some; the answer has been read."""
     if answer.headers.get("content-type") != "application/json":

@@ -10,6 +10,7 @@ from select import select
 import click
 
 from agent.cli.options import config_option
+from agent.cli.output import INTERRUPTED
 from agent.cli.reach import find_socket, not_running
 
 # Lines that are sent at once; between two such lots the acknowledgements are looked at.
@@ -149,6 +150,7 @@ class _Sending:
 
 def _send(sending: _Sending, lines: Iterable[bytes], *, bar: bool) -> int:
     """Send all, wait for the last word on it; the exit code."""
+    interrupted = False
     try:
         with _progress(bar) as show:
             sending.send(b'{"ack":true}\n', 0)
@@ -159,15 +161,19 @@ def _send(sending: _Sending, lines: Iterable[bytes], *, bar: bool) -> int:
             while sending.open and not sending.settled:
                 sending.wait()
                 show(sending)
-    except (OSError, KeyboardInterrupt) as error:
-        why = f": {error}" if str(error) else ""
-        click.echo(f"capture-agent: the connection ended early{why}", err=True)
+    except TimeoutError:
+        click.echo(f"capture-agent: the agent said nothing for {PATIENCE_SECONDS:.0f} s", err=True)
+        click.echo("  try: capture-agent status: its buffer may be full, or it hangs", err=True)
+    except OSError as error:
+        click.echo(f"capture-agent: the connection ended early: {error}", err=True)
+    except KeyboardInterrupt:
+        interrupted = True
     if sending.rejected:
         click.echo(f"{sending.rejected} of {sending.sent} lines were refused", err=True)
     if not sending.settled:
         click.echo(f"only {sending.accepted} of {sending.sent} events are known to be on disk", err=True)
         click.echo("  try: send the rest again (with uuids of their own, none is doubled)", err=True)
-        return 75
+        return INTERRUPTED if interrupted else 75
     if sending.full:
         click.echo("  try: again later, the agent's buffer is full", err=True)
         return 75

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from agent.cli.options import plainly, unused_config_option
+from agent.cli.options import plain, plainly, unused_config_option
 
 if TYPE_CHECKING:
     import socket
@@ -167,7 +167,9 @@ async def _print(sink: "Sink", line: "Callable[[Event], str]") -> None:
 def _as_json(event: "Event") -> str:
     import msgspec
 
-    return msgspec.json.encode(event).decode()
+    from agent.cli.output import legible
+
+    return legible(msgspec.json.encode(event))
 
 
 def _as_line(event: "Event") -> str:
@@ -180,4 +182,4 @@ def _as_line(event: "Event") -> str:
         f"{event.timestamp:%H:%M:%S.%f}"[:-3] + f"  {event.event}  {event.distinct_id}  {key}  {properties}"
     )
     line = line if len(line) <= WIDTH else line[: WIDTH - 1] + "…"
-    return line if line.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    return plain(line)

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from agent.cli.options import config_option
-from agent.cli.reach import ask_status, find_socket, no_permission, not_running
+from agent.cli.reach import ask_status, find_socket, no_permission, not_running, silent
 from agent.units import format_age
 
 # Wider than any line of the screen but a refused one.
@@ -38,8 +38,7 @@ def command(config_file: str | None, as_json: bool) -> None:
     except (FileNotFoundError, ConnectionRefusedError):
         raise not_running(path) from None
     except (OSError, ValueError) as error:
-        click.echo(f"capture-agent: the agent at {path} does not answer: {error}", err=True)
-        raise SystemExit(1) from None
+        raise silent(path, error) from None
     if as_json:
         click.echo(document)
         return

@@ -9,7 +9,8 @@ import click
 import msgspec
 
 from agent.cli.options import config_option, plain
-from agent.cli.reach import find_socket, no_permission, not_running, refused
+from agent.cli.output import legible
+from agent.cli.reach import find_socket, no_permission, not_running, refused, silent
 
 if TYPE_CHECKING:
     import httpx
@@ -49,22 +50,23 @@ def command(sources: Sequence[str], events: Sequence[str], config_file: str | No
     import httpx
 
     path = find_socket(config_file, "admin.sock")
-    timeout = httpx.Timeout(PATIENCE_SECONDS, read=None)
+    endless = httpx.Timeout(PATIENCE_SECONDS, read=None)
     wanted = {"source": list(sources), "event": list(events)}
     try:
-        with (
-            httpx.Client(transport=httpx.HTTPTransport(uds=path), timeout=timeout) as client,
-            client.stream("GET", "http://agent/tail", params=wanted) as answer,
-        ):
-            if answer.status_code != 200:
-                answer.read()
-                raise refused(answer, path)
-            for line in _lines(answer):
-                _show(line, as_json=as_json)
+        with httpx.Client(transport=httpx.HTTPTransport(uds=path), timeout=PATIENCE_SECONDS) as client:
+            client.get("http://agent/livez")  # one that hangs is as silent as one that has nothing to tell
+            with client.stream("GET", "http://agent/tail", params=wanted, timeout=endless) as answer:
+                if answer.status_code != 200:
+                    answer.read()
+                    raise refused(answer, path)
+                for line in _lines(answer):
+                    _show(line, as_json=as_json)
     except httpx.ConnectError as error:
         if "Permission denied" in str(error):
             raise no_permission(path) from None
         raise not_running(path) from None
+    except httpx.TimeoutException as error:
+        raise silent(path, error) from None
     except httpx.HTTPError as error:
         click.echo(f"capture-agent: the agent at {path} went away: {error}", err=True)
         raise SystemExit(3) from None
@@ -82,7 +84,7 @@ def _lines(answer: "httpx.Response") -> Iterator[bytes]:
 
 def _show(line: bytes, *, as_json: bool) -> None:
     if as_json:
-        click.echo(line)
+        click.echo(legible(line))
         return
     said = msgspec.json.decode(line, type=Line)
     if said.event is None:

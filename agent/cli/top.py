@@ -10,7 +10,7 @@ import click
 
 from agent.cli.options import config_option
 from agent.cli.pulse import KEPT, Document, Pulse
-from agent.cli.reach import find_socket, no_permission, not_running
+from agent.cli.reach import find_socket, no_permission, not_running, silent
 from agent.cli.status import books_line, buffer_lines, clock_lines, others_line, project_lines
 from agent.units import format_age
 
@@ -81,8 +81,7 @@ def _ended(error: "httpx.HTTPError", path: str) -> SystemExit:
 
     if isinstance(error, httpx.ConnectError):
         return no_permission(path) if "Permission denied" in str(error) else not_running(path)
-    click.echo(f"capture-agent: the agent at {path} does not answer: {error}", err=True)
-    return SystemExit(1)
+    return silent(path, error)
 
 
 @contextmanager

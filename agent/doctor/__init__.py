@@ -29,8 +29,13 @@ DISK_SECONDS = 6.0
 RATE_SECONDS = 0.5
 
 
-def before_threads(config: Config, status: Status | None, who: access.Person | None) -> Iterator[Finding]:
-    """What is found without waiting; it forks, so it comes before `examine`."""
+def before_threads(
+    config: Config, status: Status | None, who: access.Person | None, *, silent: bool
+) -> Iterator[Finding]:
+    """What is found without waiting; it forks, so it comes before `examine`.
+
+    `silent` is an agent that may run, though it tells us nothing.
+    """
     for place, what in warnings(config):
         yield warning("configuration", place, what, "mend the configuration, or leave it so if it is meant")
     for source in config.sources:
@@ -40,7 +45,7 @@ def before_threads(config: Config, status: Status | None, who: access.Person | N
             yield error("configuration", f"source {source.name}", str(failed), failed.hint)
     yield from doors.groups(config)
     for door in doors.doors(config, status):
-        yield from doors.look(door, who, running=status is not None)
+        yield from doors.look(door, who, running=status is not None, silent=silent)
 
 
 async def examine(
@@ -49,12 +54,14 @@ async def examine(
     again: Callable[[], Status | None],
     own: Sequence[str],
     *,
+    silent: bool,
     keys: bool,
 ) -> list[Finding]:
     """What is found by looking at disks, at the agent's counters, and at PostHog.
 
     `status` is a running agent's, `again` asks for it anew. `own` are folders that the agent makes itself.
-    Without `keys` the projects' keys are not to be had.
+    The buffer of an agent that is `silent` is its own affair. Without `keys` the projects' keys are not to be
+    had.
     """
     parts: list[list[Finding]] = [[] for _ in range(3 + len(config.projects))]
 
@@ -65,7 +72,7 @@ async def examine(
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_on_disk, parts[0], "the disk", partial(_disk, config))
-        if config.buffer.kind == "sqlite":
+        if config.buffer.kind == "sqlite" and not silent:
             look = partial(_file, config, status, own)
             nursery.start_soon(_on_disk, parts[1], config.buffer.path, look)
         nursery.start_soon(_counters, parts[2], config, status, again)

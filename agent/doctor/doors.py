@@ -50,8 +50,11 @@ def groups(config: Config) -> Iterator[Finding]:
                 )
 
 
-def look(door: Door, who: access.Person | None, *, running: bool) -> Iterator[Finding]:
-    """What is to be said about one door. It may fork, so no thread may run."""
+def look(door: Door, who: access.Person | None, *, running: bool, silent: bool) -> Iterator[Finding]:
+    """What is to be said about one door. It may fork, so no thread may run.
+
+    `running` is an agent that answers, `silent` one that may run though it does not.
+    """
     try:
         found = os.stat(door.path)
     except FileNotFoundError:
@@ -74,7 +77,7 @@ def look(door: Door, who: access.Person | None, *, running: bool) -> Iterator[Fi
             hint = "restart the agent: another program has taken the file's place"
             yield error(CHECK, door.where, "nobody listens on the file that clients find", hint)
         return
-    if not running:
+    if not running and not silent:
         yield warning(
             CHECK,
             door.where,

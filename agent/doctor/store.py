@@ -75,6 +75,9 @@ def look(settings: Buffer, *, made: bool) -> Iterator[Finding]:
         if not os.path.exists(path):
             yield ok(CHECK, path, "not there yet: the agent makes it")
             return
+        if not os.path.isfile(path):
+            yield error(CHECK, path, "this is no file", "move it away, or set buffer.path to a file")
+            return
         yield from _owners(path)
         yield _inside(path)
     except OSError as failed:

@@ -120,7 +120,8 @@ def _of_project(project: Document) -> Iterator[Concern]:
         facts = f"{project['failures']} failures in a row, next try in {format_age(seconds)}"
         if error := project["last_error"]:
             facts += f"; at {error['at']}: {error['text']}"
-        todo = "PostHog or the way to it fails; events wait, and the agent goes on by itself."
+        todo = "PostHog or the way to it fails; events wait, and the agent goes on by itself. If PostHog is"
+        todo += " well, `capture-agent doctor` tells what is in the way."
         yield Concern("warn", f"Project {name} waits between two tries", "", facts, todo)
     ahead = project["clock_ahead_seconds"]
     if ahead is not None and abs(ahead) > CLOCK_ODD_SECONDS:
