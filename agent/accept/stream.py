@@ -24,7 +24,7 @@ from agent.places import accept_all
 # To whom may not send here.
 FAREWELL = b'{"error":"forbidden"}\n'
 # They can read it only if what they have sent is read (a close with bytes unread is a reset): for so long, in
-# bites of so much, a few times what a Unix client's kernel buffer holds by default, of so many clients at a time.
+# bites of so much, a few times what a Unix client's kernel buffer holds by default, of so many at a time.
 # Others are just closed.
 PARTING_SECONDS, PARTING_BITE, PARTING_BYTES, PARTINGS = 1.0, 64 * 1024, 1024 * 1024, 16
 
@@ -123,6 +123,8 @@ class StreamSource:
                     origin = await self._senders.origin(peer_of(sock.getsockopt))
                 if origin is not None and self._allowed and origin.uid not in self._allowed:
                     stranger = origin
+                    for read in () if handed is None else handed.reads:  # of when the user might send
+                        self.putter.offer(read, admitted=True)
                 else:
                     await self._converse(sock, origin, handed)
             finally:
