@@ -79,6 +79,7 @@ class Agent:
         self.pages = ""  # the address of the pages, empty where there is none
         self.plan: Plan | None = None  # of the agent that is to replace this one
         self.handover: Handover | None = None
+        self.asked = False  # for a reload that has not begun
         self._passed = passed
         self._handed = handed or Handover(at=0)
         self._anew = anew
@@ -114,11 +115,19 @@ class Agent:
         log.info("stopped" if self.plan is None else "replaced")
 
     async def reload(self) -> None:
-        """Be replaced by an agent with the configuration as it is now; where that cannot be, go on."""
+        """Be replaced by an agent with the configuration as it is now; where that cannot be, go on.
+
+        One that has not begun does for all who ask meanwhile; where this agent does not come to it, `asked`
+        stays for the next.
+        """
+        if self.asked:
+            return
+        self.asked = True
         async with self._reloading:
             await self._settled.wait()
             if self._anew is None or self.stop.is_set():
                 return
+            self.asked = False
             log.info("reloading")
             await self._notices.reloading()
             try:
@@ -253,7 +262,7 @@ async def run_until_signalled(agent: Agent, *, hangs_up: bool = False) -> None:
             nursery.start_soon(obey)
             await agent.run()
             if agent.handover is not None:
-                hold_signals(held)
+                hold_signals([*held, *([signal.SIGHUP] if agent.asked else [])])
             nursery.cancel_scope.cancel()
 
 

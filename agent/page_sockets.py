@@ -10,11 +10,13 @@ import structlog
 
 from agent.accept.sockets import address_of, bind_address, removed_at_the_end, take_unix
 from agent.config import Admin, Config
-from agent.reload import ADMIN_MODE
 from agent.source_checks import ADMIN_SOCKET
-from agent.systemd import UNIX_STREAM, Bound, Passed
+from agent.systemd import NOTHING, UNIX_STREAM, Bound, Passed
 
 log = structlog.get_logger("agent")
+
+UNIX, TCP = "unix stream", "tcp"
+ADMIN_MODE = 0o660
 
 
 class Page(NamedTuple):
@@ -25,6 +27,25 @@ class Page(NamedTuple):
     private: bool
 
 
+def admin_places(admin: Admin) -> list[Bound]:
+    """Where the pages are, but for sockets of systemd's."""
+    places = [Bound(UNIX, admin.socket)] if admin.socket else []
+    return [*places, Bound(TCP, admin.listen)] if admin.listen else places
+
+
+@contextmanager
+def page_socket(place: Bound, passed: Passed = NOTHING) -> Iterator[socket.socket]:
+    """A socket of the pages' own for a block, the one that was there before where the agent is replaced."""
+    sock = passed.take_own(place)
+    if place.kind == TCP:
+        with sock or bind_address(place.place, socket.SOCK_STREAM) as own:
+            yield own
+    else:
+        sock = take_unix(sock, place.place, socket.SOCK_STREAM, ADMIN_MODE)
+        with removed_at_the_end(sock, place.place) as own:
+            yield own
+
+
 @contextmanager
 def page_sockets(admin: Admin, passed: Passed) -> Iterator[list[Page]]:
     """The sockets of the pages for a block.
@@ -33,6 +54,7 @@ def page_sockets(admin: Admin, passed: Passed) -> Iterator[list[Page]]:
     either way.
     """
     pages: list[Page] = []
+    places = admin_places(admin)
     with ExitStack() as stack:
         if admin.socket and ADMIN_SOCKET in passed.left:
             sockets = passed.take(ADMIN_SOCKET, (UNIX_STREAM,), "the admin socket")
@@ -45,15 +67,10 @@ def page_sockets(admin: Admin, passed: Passed) -> Iterator[list[Page]]:
                     configured=admin.socket,
                     hint="set admin.socket to its ListenStream=",
                 )
-        elif admin.socket:
-            place = Bound("unix stream", admin.socket)
-            sock = take_unix(passed.take_own(place), admin.socket, socket.SOCK_STREAM, ADMIN_MODE)
-            stack.enter_context(removed_at_the_end(sock, admin.socket))
-            pages.append(Page(sock, place, private=True))
-        if admin.listen:
-            place = Bound("tcp", admin.listen)
-            sock = passed.take_own(place) or bind_address(admin.listen, socket.SOCK_STREAM)
-            pages.append(Page(stack.enter_context(sock), place, private=False))
+            places = [place for place in places if place.kind != UNIX]
+        for place in places:
+            sock = stack.enter_context(page_socket(place, passed))
+            pages.append(Page(sock, place, private=place.kind == UNIX))
         yield pages
 
 

@@ -12,18 +12,20 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from socket import SOCK_STREAM, socket
-from typing import NamedTuple, NoReturn
+from functools import partial
+from socket import socket
+from typing import NamedTuple, NoReturn, TypeVar
 
 import trio
 
 from agent import AgentError, crash
 from agent.accept.handed import place_of
 from agent.accept.inherit import WANTED
-from agent.accept.sockets import SocketError, bind_address, bind_unix, dress, removed_at_the_end
+from agent.accept.sockets import SocketError, dressed
 from agent.accept.source import Source, bound
-from agent.config import Admin, Config, ConfigError, Text, Unix
+from agent.config import Config, ConfigError, Text, Unix
 from agent.handover import VARIABLE, Handover, left
+from agent.page_sockets import TCP, admin_places, page_socket
 from agent.source_checks import ADMIN_SOCKET
 from agent.systemd import Bound, Passed
 
@@ -34,7 +36,8 @@ TOLD_CHARACTERS = 2000
 # How commands tell an error, and what to do about it (`cli/options.py`).
 NAMED, TRY = "capture-agent: ", "\n  try: "
 
-ADMIN_MODE = 0o660
+T = TypeVar("T")
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -73,24 +76,17 @@ class Plan(NamedTuple):
                 os.unlink(place.place)
 
 
-def admin_places(admin: Admin) -> list[Bound]:
-    """Where the pages are, but for sockets of systemd's."""
-    places = [Bound("unix stream", admin.socket)] if admin.socket else []
-    return [*places, Bound("tcp", admin.listen)] if admin.listen else places
-
-
 async def planned(config: Config, passed: Passed, anew: Anew) -> Plan:
     """Try everything that can fail. Raises `AgentError`, and then nothing has changed."""
     if config.buffer.kind == "memory":
         raise ReloadRefused("the buffer is in memory, and would be lost", "restart the agent instead")
-    text = await trio.to_thread.run_sync(anew.text)
-    await _checked(anew.check)
-    crash.point("reload.checked")
-    if await trio.to_thread.run_sync(anew.text) != text:
-        raise ReloadRefused(f"{text.file}: it was changed while it was read", "reload again")
     try:
-        new = await trio.to_thread.run_sync(anew.understood, text)
-    except ConfigError:  # it is for a newer version, which will open for itself what it has more
+        with trio.fail_after(CHECK_SECONDS):
+            text, new = await _read_anew(anew)
+    except trio.TooSlowError:
+        hint = "is the host very busy, or a file's disk away? run `capture-agent check` by hand"
+        raise ReloadRefused(f"the check took longer than {CHECK_SECONDS:.0f} s", hint) from None
+    if new is None:
         return Plan(config, text, ())
     if not _same_buffer(config, new):
         raise ReloadRefused(
@@ -104,6 +100,24 @@ async def planned(config: Config, passed: Passed, anew: Anew) -> Plan:
         raise ReloadRefused(str(error), hint) from error
 
 
+async def _read_anew(anew: Anew) -> tuple[Text, Config | None]:
+    """The text, and what it means here: None where only a newer version knows, which opens all for itself."""
+    text = await _aside(anew.text)
+    await _checked(anew.check)
+    crash.point("reload.checked")
+    if await _aside(anew.text) != text:
+        raise ReloadRefused(f"{text.file}: it was changed while it was read", "reload again")
+    try:
+        return text, await _aside(partial(anew.understood, text))
+    except ConfigError:
+        return text, None
+
+
+async def _aside(read: Callable[[], T]) -> T:
+    """Read files in a thread, which is left where one never comes to its end (a FIFO, a lost disk)."""
+    return await trio.to_thread.run_sync(read, abandon_on_cancel=True)
+
+
 def _same_buffer(old: Config, new: Config) -> bool:
     """Whether the events stay where they are."""
     same = os.path.realpath(old.buffer.path) == os.path.realpath(new.buffer.path)
@@ -113,20 +127,17 @@ def _same_buffer(old: Config, new: Config) -> bool:
 async def _checked(check: Sequence[str]) -> None:
     """Have the version that is installed now read the configuration. Raises `ReloadRefused`."""
     try:
-        with trio.fail_after(CHECK_SECONDS):
-            done = await trio.run_process(
-                check, stdin=subprocess.DEVNULL, capture_stdout=True, capture_stderr=True, check=False
-            )
+        done = await trio.run_process(
+            check, stdin=subprocess.DEVNULL, capture_stdout=True, capture_stderr=True, check=False
+        )
     except OSError as error:
         hint = "is the agent still installed where it was started from?"
         raise ReloadRefused(f"{check[0]}: {error.strerror}", hint) from error
-    except trio.TooSlowError:
-        hint = "is the host very busy? run `capture-agent check` by hand"
-        raise ReloadRefused(f"the check took longer than {CHECK_SECONDS:.0f} s", hint) from None
     if done.returncode:
         told, _, hint = done.stderr.decode(errors="replace").strip().partition(TRY)
         told = told.removeprefix(NAMED) or f"the check ended with {done.returncode}"
-        raise ReloadRefused(told[-TOLD_CHARACTERS:], hint or "mend it, and reload again")
+        otherwise = "mend it" if done.returncode == ConfigError.exit_code else "install the agent anew"
+        raise ReloadRefused(told[-TOLD_CHARACTERS:], hint or f"{otherwise}, and reload again")
 
 
 def _open_new(old: Config, new: Config, passed: Passed) -> list[tuple[Bound, int]]:
@@ -141,17 +152,14 @@ def _open_new(old: Config, new: Config, passed: Passed) -> list[tuple[Bound, int
             elif place in having:
                 having.remove(place)
                 if isinstance(settings, Unix):
-                    dress(settings.path, settings.mode, settings.group)
+                    stack.enter_context(dressed(settings.path, settings.mode, settings.group))
             else:
                 made.append((place, stack.enter_context(bound(settings)).sock))
         for place in admin_places(new.admin):
             if place in having:
                 having.remove(place)
-            elif place.kind == "tcp":
-                made.append((place, stack.enter_context(bind_address(place.place, SOCK_STREAM))))
-            elif not passed.knows(ADMIN_SOCKET):
-                sock = bind_unix(place.place, SOCK_STREAM, ADMIN_MODE)
-                made.append((place, stack.enter_context(removed_at_the_end(sock, place.place))))
+            elif place.kind == TCP or not passed.knows(ADMIN_SOCKET):
+                made.append((place, stack.enter_context(page_socket(place))))
         crash.point("reload.opened")
         return [(place, sock.detach()) for place, sock in made]
 

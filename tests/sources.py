@@ -9,6 +9,7 @@ import msgspec
 import trio
 
 from agent import config
+from agent.accept.handed import HandedSource
 from agent.accept.putter import Offered
 from agent.accept.source import Source, opened
 from agent.buffer import Books, Buffer, Entry, Limits
@@ -52,14 +53,22 @@ class Taken(NamedTuple):
 
 @asynccontextmanager
 async def taking(
-    settings: config.Source, *, max_size: int = 2**30, when_full: Any = "block", passed: Passed = NOTHING
+    settings: config.Source,
+    *,
+    max_size: int = 2**30,
+    when_full: Any = "block",
+    passed: Passed = NOTHING,
+    handed: HandedSource | None = None,
 ) -> AsyncIterator[Taken]:
-    """A running source for a block; it is stopped and has put everything when the block is left."""
+    """A running source for a block; it is stopped and has put everything when the block is left.
+
+    It goes on where another one has `handed` it over.
+    """
     path = "/memory"
     kept = config.Buffer(path=path, kind="memory", max_size=max_size, when_full=when_full)
     with opened(settings, passed) as sockets:
         async with open_memory(kept) as buffer, trio.open_nursery() as nursery:
-            source = Source(settings, PROJECT, sockets, buffer, Clock(), (PROJECT, OTHER))
+            source = Source(settings, PROJECT, sockets, buffer, Clock(), (PROJECT, OTHER), handed)
             stop = trio.Event()
             nursery.start_soon(source.run, stop)
             with trio.fail_after(20):

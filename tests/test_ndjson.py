@@ -47,6 +47,15 @@ def test_a_long_line_is_refused_once(size: int) -> None:
     assert last == b""
 
 
+def test_a_line_that_has_become_too_long_is_refused_once() -> None:
+    """A reader that goes on with a smaller bound drops what another one held up to its newline."""
+    before, reader = LineReader(50), LineReader(20)
+    assert before.feed(b"x" * 40) == b""
+    reader.resume(before.unfinished())
+    assert reader.feed(b"x" * 8 + b"\nafter\n") == b"after\n"
+    assert reader.take_refused() == b"x" * 40
+
+
 def test_what_is_held_is_bounded() -> None:
     """Megabytes without a newline leave nothing behind."""
     reader = LineReader(1000)

@@ -1,5 +1,6 @@
 """Unix streams: lines, acknowledgements, and clients of every temper."""
 
+import os
 import socket
 import struct
 import tracemalloc
@@ -7,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -14,8 +16,10 @@ import trio
 import trio.lowlevel
 from sources import line, stream, taking
 
+from agent.accept.handed import HandedClient, HandedSource, Totals, place_of
 from agent.accept.putter import Offered, Outcome
 from agent.buffer import Limits
+from agent.decode.ndjson import Unfinished
 from agent.events import Cut, Instant, Read
 
 ASK = b'{"ack":true}\n'
@@ -348,3 +352,25 @@ async def test_a_source_that_shapes_says_so_and_its_books_balance(tmp_path: Path
         ]
         [event] = await taken.events(1)
         assert event["properties"]["email"] == "[redacted]"
+
+
+@pytest.mark.parametrize(
+    "settings", [{"max_events_per_second": 1, "burst": 1}, {"allow_uids": (os.getuid() + 1,)}]
+)
+async def test_what_was_let_in_before_a_reload_is_not_refused_after_it(settings: Any, tmp_path: Path) -> None:
+    """Rates and users were asked when it was read; what another agent read and could not put is taken."""
+    app, now = stream(tmp_path, **settings), Instant(10, 20, "boot")
+    ours, theirs = socket.socketpair()
+    left = HandedClient(
+        descriptor=theirs.detach(),
+        first=False,
+        unfinished=Unfinished(b""),
+        totals=Totals(),
+        unsent=b"",
+        reads=[Read(line() * 5, now)],
+    )
+    handed = HandedSource(place=place_of(app), clients=[left], reads=[Read(line() * 7, now)])
+    with ours:
+        async with taking(app, handed=handed) as taken:
+            await taken.settled(12)
+            assert taken.total("accepted") == 12

@@ -146,7 +146,7 @@ class Connection:
         self._asked = trio.Event()  # for acknowledgements, or the connection ended without
         self._first = True
         self._ended = False
-        self._reading = trio.CancelScope()
+        self._serving = trio.CancelScope()
         if handed is not None:
             self._resume(handed)
 
@@ -156,36 +156,34 @@ class Connection:
         self._reader.resume(handed.unfinished)
         self._acks = None if handed.totals is None else Acknowledgements(handed.totals)
         for read in handed.reads:
-            self._offered.append(self._source.putter.offer(read, urgent=True))
+            self._offered.append(self._source.putter.offer(read, urgent=True, admitted=True))
 
     async def run(self) -> None:
         """Serve it to its end, or until it is left."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._write_acknowledgements)
-            nursery.start_soon(self._fold, nursery.cancel_scope)
-            try:
-                with self._reading:
+        with self._serving:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._write_acknowledgements)
+                nursery.start_soon(self._fold, nursery.cancel_scope)
+                try:
                     await self._read()
-                if self.left:
-                    nursery.cancel_scope.cancel()
-            finally:
-                self._source.partials.note(self, 0)
-                self._ended = True
-                self._more.set()
-                self._asked.set()
+                finally:
+                    self._source.partials.note(self, 0)
+                    self._ended = True
+                    self._more.set()
+                    self._asked.set()
 
     def stop(self) -> None:
         """Read what the client has sent to its end; it can send no more."""
         self._peer.stop()
 
     def leave(self) -> None:
-        """Stop between two reads: another process goes on."""
-        self._reading.cancel()
+        """Stop between two reads, or when all is read and not all settled: another process goes on."""
+        self._serving.cancel()
 
     @property
     def left(self) -> bool:
         """Whether it was left before its end."""
-        return self._reading.cancelled_caught
+        return self._serving.cancelled_caught
 
     def handed(self, descriptor: int) -> HandedClient:
         """What another process needs to go on with this client, once nothing more is put here."""

@@ -131,7 +131,8 @@ class Putter:
     def offer(self, read: Read, *, urgent: bool = False, admitted: bool = False) -> Offered:
         """Hand a read over; ask for `room` before reading.
 
-        It is `urgent` where a client waits for the answer, `admitted` where `admits` was asked.
+        It is `urgent` where a client waits for the answer, `admitted` where `admits` was asked, or another
+        putter has offered it before.
         """
         offered = Offered(self._within(self._rates, read) if self._rates and not admitted else read)
         self._offers.append(offered)

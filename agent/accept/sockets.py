@@ -85,8 +85,28 @@ def dress(path: str, mode: int, group: str) -> None:
         if group:
             os.chown(path, -1, _group_id(path, group))
         os.chmod(path, mode)
+    except FileNotFoundError as error:
+        raise SocketError(
+            f"{path}: somebody removed this socket's file, and nobody can connect any more",
+            "restart the agent, which makes it anew",
+        ) from error
     except OSError as error:
         raise _cannot_bind(path, error) from error
+
+
+@contextmanager
+def dressed(path: str, mode: int, group: str) -> Iterator[None]:
+    """`dress` a socket file, and undo it where the block fails."""
+    before = os.stat(path) if os.path.exists(path) else None
+    try:
+        dress(path, mode, group)
+        yield
+    except BaseException:
+        if before is not None:
+            with suppress(OSError):
+                os.chown(path, -1, before.st_gid)
+                os.chmod(path, stat.S_IMODE(before.st_mode))
+        raise
 
 
 def _clear_the_way(path: str, kind: socket.SocketKind) -> None:

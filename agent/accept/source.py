@@ -154,7 +154,7 @@ class Source:
         Left, it takes no more from the kernel, and puts what it can in `LEAVE_SECONDS`.
         """
         for read in () if self._handed is None else self._handed.reads:
-            self.putter.offer(read)
+            self.putter.offer(read, admitted=True)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._put)
             async with trio.open_nursery() as reading:

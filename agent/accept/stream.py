@@ -123,6 +123,8 @@ class StreamSource:
                     origin = await self._senders.origin(peer_of(sock.getsockopt))
                 if origin is not None and self._allowed and origin.uid not in self._allowed:
                     stranger = origin
+                    for read in () if handed is None else handed.reads:  # of when the user might send
+                        self.putter.offer(read, admitted=True)
                 else:
                     await self._converse(sock, origin, handed)
             finally:

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from agent.accept.explain import Explanation
     from agent.config import Config, Settings
 
+# What `run` loads, at once and late.
+OF_RUN = ("agent.cli.run", "agent.logs", "agent.app", "agent.outside", "agent.accept.http")
+
 
 @click.command()
 @config_option
@@ -38,6 +41,7 @@ def command(config_file: str | None, as_json: bool, example: BinaryIO | None, on
         raise click.UsageError("--source is for --explain: it says whose view of the event is wanted.")
     config = load_config(config_file)
     with plainly():
+        _load_the_rest()
         try_ways_out(config)
         for source in config.sources:
             try_source(source)
@@ -55,6 +59,22 @@ def command(config_file: str | None, as_json: bool, example: BinaryIO | None, on
         click.echo(msgspec.json.format(document, indent=2).decode())
         return
     click.echo("\n".join(resolved(config)))
+
+
+def _load_the_rest() -> None:
+    """Load what `run` does. Raises `AgentError` where the installation is not whole.
+
+    It is told now: an agent that is to be replaced has this command ask whether the new version can run.
+    """
+    from importlib import import_module
+
+    from agent import AgentError
+
+    try:
+        for name in OF_RUN:
+            import_module(name)
+    except (ImportError, SyntaxError) as error:
+        raise AgentError(f"this version cannot run: {error}", "install it anew") from error
 
 
 def resolved(config: "Config") -> Iterator[str]:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 SYSTEM_FILE = "/etc/capture-agent/config.toml"
 # What stands for the file in messages where there is none.
 NO_FILE = "defaults and environment"
+# A configuration has some KiB, a key some bytes: a file with more is another one, and may be without an end.
+MOST_BYTES = 1024 * 1024
 
 
 def _chosen(ctx: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
@@ -98,25 +100,33 @@ def read_config(
 
 def read_text(config_file: str | None) -> "Text":
     """What the configuration's file says; nothing where there is none. Raises `ConfigError`."""
-    from pathlib import Path
-
     from agent.config import ConfigError, Text
 
-    file = config_file or (SYSTEM_FILE if Path(SYSTEM_FILE).exists() else None)
+    file = config_file or (SYSTEM_FILE if os.path.exists(SYSTEM_FILE) else None)
     if file is None:
         return Text(NO_FILE, "")
     try:
-        return Text(file, Path(file).read_text("utf-8"))
+        return Text(file, _content(file))
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}", "give the file with --config FILE") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file}: not UTF-8 (byte {error.start})", "save it as UTF-8") from error
 
 
+def _content(file: str) -> str:
+    """What is in a file of text. Raises `OSError`, also where it is far too large."""
+    import errno
+
+    with open(file, "rb") as opened:
+        content = opened.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), file)
+    return content.decode()
+
+
 def understood(text: "Text", *, keys: bool = True, env: Mapping[str, str] = os.environ) -> "Config":
     """The configuration that a text says on this host. Raises `ConfigError` with every mistake."""
     import socket
-    from pathlib import Path
 
     from agent.load import Surroundings, load
 
@@ -124,6 +134,6 @@ def understood(text: "Text", *, keys: bool = True, env: Mapping[str, str] = os.e
         env=env,
         paths=folders(),
         hostname=socket.gethostname(),
-        read_text=lambda path: Path(path).read_text("utf-8"),
+        read_text=_content,
     )
     return load(text.text, around, file=text.file, keys=keys)

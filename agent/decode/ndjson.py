@@ -109,8 +109,8 @@ class LineReader:
 
     def resume(self, unfinished: Unfinished) -> None:
         """Go on where another reader stopped."""
-        self._hold(unfinished.held)
         self._skipping = unfinished.skipping > 0
+        self._hold(unfinished.held)  # which may be longer than is allowed now
 
     def finish(self) -> bytes:
         """The last line, which no newline ended; empty where there is none."""

@@ -1,11 +1,14 @@
 """SIGHUP: the agent is replaced by one with the new configuration, and nobody who sends notices."""
 
+import fcntl
 import json
 import os
 import pty
+import shutil
 import signal
 import socket
 import sqlite3
+import termios
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from processes import Running, configure, run, running, started
 from sources import line
 from supervisor import Supervisor
 
+import agent as package
 from agent.sink import Reply, Sink, serving
 
 ASK = b'{"ack":true}\n'
@@ -69,6 +73,14 @@ class Flood:
             await sock.send(line(self.sent))
             self.sent += 1
             await trio.sleep(self._pause)
+
+
+async def read_to_its_end(connected: trio.SocketStream) -> None:
+    """Wait until all that was sent was read, and the end of it too."""
+    with trio.fail_after(30):
+        while int.from_bytes(fcntl.ioctl(connected.socket.fileno(), termios.TIOCOUTQ, bytes(4)), "little"):
+            await trio.sleep(0.02)
+    await trio.sleep(0.3)
 
 
 async def listen(connected: trio.SocketStream, told: list[bytes]) -> None:
@@ -198,6 +210,40 @@ async def test_a_key_is_mended_while_the_buffer_is_full(tmp_path: Path) -> None:
     assert sorted(event.properties["n"] for event in sink.events) == list(range(count))
 
 
+async def test_who_has_sent_all_is_answered_after_a_reload(tmp_path: Path) -> None:
+    """A client that has ended its side, and whose events found no room yet, goes on in the next agent."""
+    refusing, sink = Sink(script=lambda _request: Reply(401, b"wrong key")), Sink()
+    noise = os.urandom(400_000).hex()
+    async with serving(refusing) as wrong, serving(sink) as right:
+        config = configure(tmp_path, wrong, f'path = "{tmp_path}/buffer.db"\nmax_size = "16 MiB"')
+        more = f'[[source]]\nkind = "unix_stream"\nname = "two"\npath = "{tmp_path}/two"\n'
+        config.write_text(config.read_text() + more)
+        async with running(config) as agent:
+            count, told = 30, list[bytes]()
+            filling = await trio.open_unix_socket(agent.stream)
+            client = await trio.open_unix_socket(str(tmp_path / "two"))
+
+            async def send(number: int, connected: trio.SocketStream) -> None:
+                for _ in range(number):
+                    await connected.send_all(line(properties={"noise": noise}))
+                await connected.send_eof()
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(send, count, filling)
+                with trio.fail_after(30):
+                    while not (await agent.status())["buffer"]["waiting"]:
+                        await trio.sleep(0.02)
+                nursery.start_soon(listen, client, told)
+                await client.send_all(ASK)
+                await send(2, client)
+                await read_to_its_end(client)
+                changed(config, wrong, right)
+                await reloaded(agent)
+            status = await agent.until(delivered=count + 2)
+            assert status["books"]["shed"] == {}
+            assert json.loads(b"".join(told).splitlines()[-1]) == {"accepted": 2, "rejected": 0}
+
+
 async def test_sources_come_go_and_change(tmp_path: Path) -> None:
     """A new one is there at once, one that is gone is read to its end, one that changes its format too."""
     async with serving(Sink()) as url:
@@ -226,13 +272,16 @@ async def test_sources_come_go_and_change(tmp_path: Path) -> None:
 
 
 async def test_a_place_that_is_taken_refuses_the_reload(tmp_path: Path) -> None:
-    """New sockets are opened before the old agent stops; those that were opened leave nothing behind."""
+    """New sockets are opened before the old agent stops; what was opened or changed leaves nothing behind."""
     async with serving(Sink()) as url:
         config = configure(tmp_path, url)
         async with running(config) as agent:
             with socket.socket(socket.AF_UNIX) as other:
                 other.bind(str(tmp_path / "taken"))
                 other.listen()
+                mode = os.stat(agent.stream).st_mode
+                same = f'path = "{tmp_path}/events.sock"'
+                changed(config, same, f"{same}\nmode = 0o600")
                 more = '[[source]]\nkind = "unix_stream"\nname = "{0}"\npath = "{1}/{0}"\n'
                 config.write_text(
                     config.read_text() + more.format("free", tmp_path) + more.format("taken", tmp_path)
@@ -241,6 +290,7 @@ async def test_a_place_that_is_taken_refuses_the_reload(tmp_path: Path) -> None:
                 assert "another program listens here" in status["reload"]["error"]
                 assert len(status["sources"]) == 3
                 assert not (tmp_path / "free").exists()
+                assert os.stat(agent.stream).st_mode == mode
 
 
 @pytest.mark.parametrize(
@@ -362,6 +412,89 @@ async def test_an_answer_that_was_written_in_part_is_written_to_its_end(tmp_path
         assert lines[-1] == {"accepted": 1, "rejected": count}
         numbers = [one["line"] for one in lines if "error" in one]
         assert numbers == sorted(set(numbers))
+
+
+async def test_a_reload_that_comes_too_late_is_for_the_next_agent(tmp_path: Path) -> None:
+    """The configuration changes again when it was read, and the old agent only waits for an answer."""
+    async with serving(Sink(latency=20.0)) as url:
+        config = configure(tmp_path, url)
+        async with running(config) as agent:
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(agent.stream)
+                client.sendall(line())
+            await agent.until(accepted=1)
+            await trio.sleep(0.3)
+            agent.send(signal.SIGHUP)
+            tasks = Path(f"/proc/{agent.process.pid}/task")
+            for there in (True, False):  # the process that checks
+                with trio.fail_after(20):
+                    while any(one.read_text() for one in tasks.glob("*/children")) is not there:
+                        await trio.sleep(0.005)
+            await trio.sleep(0.3)
+            more = f'[[source]]\nkind = "unix_stream"\nname = "new"\npath = "{tmp_path}/new"\n'
+            config.write_text(config.read_text() + more)
+            assert "event=replaced" not in agent.log()
+            agent.send(signal.SIGHUP)
+            with trio.fail_after(30):
+                while not (tmp_path / "new").exists():
+                    await trio.sleep(0.02)
+
+
+async def test_reloads_that_are_asked_for_meanwhile_are_one(tmp_path: Path) -> None:
+    """Many who say that the configuration has changed while it is read have it read once more."""
+    async with serving(Sink()) as url:
+        config = configure(tmp_path, url)
+        with Supervisor() as unit:
+            said = unit.notified(str(tmp_path / "notify"))
+            async with unit.running(config) as agent:
+                await said.until("READY")
+                changed(config, 'linger = "50 ms"', 'linger = "soon"')
+                agent.send(signal.SIGHUP)
+                await said.until("RELOADING")
+                for _ in range(10):
+                    agent.send(signal.SIGHUP)
+                    await trio.sleep(0.01)
+                for _ in range(2):
+                    await said.until("READY")
+                await trio.sleep(0.3)
+                assert not any("RELOADING" in one for one in said.waiting())
+
+
+@pytest.mark.parametrize("endless", ["/dev/zero", "fifo"])
+async def test_a_configuration_without_an_end_stops_nothing(tmp_path: Path, endless: str) -> None:
+    """It takes no memory, and an agent that waits for it can still be stopped."""
+    async with serving(Sink()) as url:
+        config = configure(tmp_path, url)
+        async with running(config) as agent:
+            config.unlink()
+            if endless == "fifo":
+                os.mkfifo(config)
+                agent.send(signal.SIGHUP)
+                with trio.fail_after(20):
+                    while "event=reloading" not in agent.log():
+                        await trio.sleep(0.01)
+            else:
+                config.symlink_to(endless)
+                assert "File too large" in (await reloaded(agent))["reload"]["error"]
+            agent.send(signal.SIGTERM)
+            with trio.fail_after(8):
+                assert await agent.process.wait() == 0
+
+
+@pytest.mark.parametrize("part", ["app.py", "accept/http.py"])
+async def test_a_version_that_cannot_run_replaces_nothing(tmp_path: Path, part: str) -> None:
+    """An upgrade that was installed in half is refused, whichever part it is, and the agent goes on."""
+    program = tmp_path / "program"
+    shutil.copytree(Path(str(package.__file__)).parent, program / "agent")
+    async with serving(Sink()) as url:
+        config = configure(tmp_path, url)
+        async with running(config, ["env", "-C", str(program)]) as agent:
+            whole = (program / "agent" / part).read_text()
+            (program / "agent" / part).write_text(whole + "import nothing_of_that_name\n")
+            status = await reloaded(agent)
+            assert "cannot run: No module named 'nothing_of_that_name'" in status["reload"]["error"]
+            (program / "agent" / part).write_text(whole)
+            assert (await reloaded(agent))["reload"]["error"] is None
 
 
 async def test_in_a_terminal_hanging_up_is_a_stop(tmp_path: Path) -> None:
