@@ -5,6 +5,7 @@ import sqlite3
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from math import inf
 from socket import socket
 
 import structlog
@@ -149,7 +150,7 @@ class Outside:
         async with trio.open_nursery() as nursery:
             for sock, private in pages:
                 app = make_app(view, private=private)
-                await nursery.start(_serve, app, sock)
+                await nursery.start(_serve, app, sock, inf if private else httpd.UNREAD_SECONDS)
             task_status.started()
 
     @property
@@ -215,13 +216,19 @@ class Outside:
 
 
 async def _serve(
-    app: httpd.App, sock: socket, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    app: httpd.App,
+    sock: socket,
+    unread: float,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
+    """The pages; only on the socket, where people pause what they read, a client may take its time."""
     await httpd.serve(
         app,
         [sock],
         shutdown=trio.Event(),
         max_connections=VIEWERS,
         keep_alive=VIEWER_SECONDS,
+        unread=unread,
         task_status=task_status,
     )
