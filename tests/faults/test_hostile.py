@@ -4,6 +4,8 @@ After each kind of attack the agent serves good clients at every door, its books
 what the README says, its descriptors are those that it had, and its log has no mistake of its own.
 """
 
+import json
+import os
 import re
 import resource
 import socket
@@ -12,11 +14,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack
 from functools import partial
+from pathlib import Path
 
 import httpx
 import pytest
 import trio
-from attacks import BODIES, RAW, SLOW, UNREAD, Body, Raw, Slow
+from attacks import BODIES, FLOODS, RAW, SLOW, UNREAD, Body, Raw, Slow
 from certificates import Papers
 from fortress import ASK, MIB, STREAMS, WEB, Fortress, fortress, papers
 from processes import ended
@@ -241,3 +244,39 @@ async def test_a_thousand_half_open_clients(papers: Papers, count: int, record_p
         await fort.holds(before)
         figures = f"{connected} connections, {at_worst // MIB} MiB with them, {fort.memory() // MIB} at worst"
         record_property("told", figures)
+
+
+async def crowd(*arguments: str, text: str = "") -> str:
+    """What a client in a process of its own says."""
+    command = [sys.executable, "-S", str(Path(__file__).with_name("crowd.py")), *arguments]
+    done = await trio.run_process(command, stdin=text.encode(), capture_stdout=True)
+    return done.stdout.decode()
+
+
+@pytest.mark.parametrize(
+    ("each", "seconds"), [(False, 1.5), pytest.param(True, 6, marks=LONG)], ids=["short", "long"]
+)
+async def test_floods_beside_a_good_client(
+    papers: Papers, each: bool, seconds: float, record_property: Told
+) -> None:
+    """Whatever another user pours into the same source, who sends 5,000 events a second is served."""
+    uid = "65534" if os.getuid() == 0 else "0"
+    texts = [text.decode("latin-1") for text in FLOODS.values()]
+    told = []
+    async with fortress(papers) as fort:
+        before = fort.descriptors()
+        for name, some in zip(FLOODS, ([text] for text in texts), strict=True) if each else [("all", texts)]:
+            async with trio.open_nursery() as nursery:
+                for kind, door in (
+                    ("1", "unix_stream"),
+                    *((("2", "unix_datagram"), ("2", "udp")) if not each else ()),
+                ):
+                    flood = ["flood", kind, json.dumps(fort.doors[door]), str(seconds + 1), uid]
+                    nursery.start_soon(partial(crowd, *flood, text=json.dumps(some)))
+                await trio.sleep(0.5)
+                figures = json.loads(await crowd("good", str(fort.doors["unix_stream"]), str(seconds)))
+            assert figures["accepted"] > 0
+            told.append(f"{name}: p99 {figures['p99']} ms")
+        books = await fort.holds(before)
+        counted = f"{books['rejected']} lines refused, {fort.memory() // MIB} MiB"
+        record_property("told", "; ".join((*told, counted)))
