@@ -86,6 +86,7 @@ _encode = msgspec.json.Encoder().encode
 
 _BRACKETS = b"{}[]"
 _NOT_BRACKETS = bytes(set(range(256)) - set(_BRACKETS))
+_ONE_KIND = bytes.maketrans(_BRACKETS, b"[][]")
 # Possessive, and ended by the line where nothing else ends it: no quote is looked at twice.
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
 
@@ -155,11 +156,15 @@ def too_deep(line: bytes) -> bool:
     """Whether a line nests deeper than PostHog reads; cheap where it has few brackets."""
     if line.count(b"{") + line.count(b"[") <= DEEPEST:
         return False
-    depth = deepest = 0
-    for bracket in _STRING.sub(b"", line).translate(None, _NOT_BRACKETS):
-        depth += 1 if bracket in b"{[" else -1
-        deepest = max(deepest, depth)
-    return deepest > DEEPEST
+    brackets = _STRING.sub(b"", line).translate(_ONE_KIND, _NOT_BRACKETS)
+    # Without its innermost pairs a text is one less deep; to look at each bracket in Python takes long.
+    left = DEEPEST
+    while left and len(brackets) > left:
+        less = brackets.replace(b"[]", b"")
+        if len(less) == len(brackets):  # nothing but those that have no partner
+            break
+        brackets, left = less, left - 1
+    return brackets.count(b"[") > left
 
 
 def complete(

@@ -155,7 +155,17 @@ class Reject(NamedTuple):
 
 def sample(line: bytes) -> str:
     """The beginning of a refused line as printable text, whatever its bytes are."""
-    text = line[:SAMPLE_BYTES].decode("utf-8", "backslashreplace")
+    begin = line[:SAMPLE_BYTES]
+    try:
+        return _printable(begin.decode())
+    except UnicodeDecodeError as error:  # what begins there is told as bytes
+        rest = begin[error.start :].decode("latin-1").encode("unicode_escape").decode()
+        return _printable(begin[: error.start].decode()) + rest
+
+
+def _printable(text: str) -> str:
+    if text.isprintable():
+        return text
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 

@@ -5,6 +5,7 @@ import sqlite3
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from math import inf
 from socket import socket
 
 import structlog
@@ -152,7 +153,7 @@ class Outside:
             for sock, private in pages:
                 local = not private and is_loopback(address_of(sock))
                 app = make_app(view, private=private, local=local)
-                await nursery.start(_serve, app, sock)
+                await nursery.start(_serve, app, sock, inf if private else httpd.UNREAD_SECONDS)
             task_status.started()
 
     @property
@@ -218,13 +219,19 @@ class Outside:
 
 
 async def _serve(
-    app: httpd.App, sock: socket, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    app: httpd.App,
+    sock: socket,
+    unread: float,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
+    """The pages; only on the socket, where people pause what they read, a client may take its time."""
     await httpd.serve(
         app,
         [sock],
         shutdown=trio.Event(),
         max_connections=VIEWERS,
         keep_alive=VIEWER_SECONDS,
+        unread=unread,
         task_status=task_status,
     )

@@ -1,4 +1,7 @@
-"""Accepts a listener's clients while there are places for them; those beyond wait in the kernel."""
+"""Accepts a listener's clients while there are places for them; those beyond wait in the kernel.
+
+Or a place is made for them, if somebody may lose his.
+"""
 
 import errno
 import socket
@@ -8,14 +11,25 @@ import trio
 
 # Out of descriptors: wait for some to be closed.
 EXHAUSTED_SECONDS = 0.1
+# While nobody may lose his place, it is tried again so often.
+ROOM_SECONDS = 0.5
 
 
 async def accept_all(
-    listener: socket.socket, places: trio.Semaphore, start: Callable[[trio.socket.SocketType], None]
+    listener: socket.socket,
+    places: trio.Semaphore,
+    start: Callable[[trio.socket.SocketType], None],
+    make_room: Callable[[], None] | None = None,
 ) -> None:
-    """Take a place for each client and start it, until cancelled. Whoever serves it gives the place back."""
+    """Take a place for each client and start it, until cancelled. Whoever serves it gives the place back.
+
+    `make_room` is called where somebody comes and there is no place: it may have one given back.
+    """
     while True:
-        await places.acquire()
+        if make_room is None:
+            await places.acquire()
+        else:
+            await _acquire(listener, places, make_room)
         try:
             sock, _ = listener.accept()
         except OSError as error:
@@ -26,3 +40,14 @@ async def accept_all(
                 await trio.sleep(EXHAUSTED_SECONDS)
             continue
         start(trio.socket.from_stdlib_socket(sock))
+
+
+async def _acquire(listener: socket.socket, places: trio.Semaphore, make_room: Callable[[], None]) -> None:
+    while True:
+        if not places.value:
+            await trio.lowlevel.wait_readable(listener)
+            if not places.value:
+                make_room()
+        with trio.move_on_after(ROOM_SECONDS):
+            await places.acquire()
+            return

@@ -81,9 +81,9 @@ def origins(taken: Taken) -> list[Origin | None]:
     found: list[Origin | None] = []
     offer = taken.source.putter.offer
 
-    def noting(read: Read, *, urgent: bool = False, admitted: bool = False) -> Offered:
+    def noting(read: Read, **how: Any) -> Offered:
         found.append(read.origin)
-        return offer(read, urgent=urgent, admitted=admitted)
+        return offer(read, **how)
 
     taken.source.putter.offer = noting  # type: ignore[method-assign]  # a window, not another putter
     return found

@@ -6,6 +6,7 @@ import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
+from math import inf
 from pathlib import Path
 
 import httpx
@@ -258,6 +259,40 @@ async def test_another_protocol_is_ignored_and_odd_bytes_end_only_their_client(t
                 answer = b"".join([some async for some in odd])
             assert b"101" not in answer.partition(b"\r\n")[0]
             assert (await client.get(url)).status_code == 200
+
+
+@pytest.mark.parametrize("unread", [0.2, inf])
+async def test_who_never_reads_his_answer_is_left(unread: float) -> None:
+    """After a while his place is another's, unless he may take his time."""
+    listener, url = loopback()
+    app = App()
+    shutdown = trio.Event()
+    with listener, socket.create_connection(listener.getsockname()) as client, trio.fail_after(20):
+        client.sendall(b"GET /big HTTP/1.1\r\nHost: x\r\n\r\n")
+        async with trio.open_nursery() as nursery:
+            serve = partial(
+                httpd.serve, app, [listener], shutdown=shutdown, max_connections=1, unread=unread, grace=0
+            )
+            await nursery.start(serve)
+            await app.asked.wait()
+            with trio.move_on_after(3 if unread == inf else 20) as patience:
+                async with httpx.AsyncClient(timeout=60) as other:
+                    assert (await other.get(url)).status_code == 200
+            assert patience.cancelled_caught == (unread == inf)
+            shutdown.set()
+
+
+async def test_a_length_that_is_told_twice_is_refused() -> None:
+    """What follows such a request is never taken for another one."""
+    listener, _ = loopback()
+    app = App()
+    with listener, trio.fail_after(10):
+        async with served(app, [listener]), await trio.open_tcp_stream(*listener.getsockname()) as client:
+            lengths = b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n"
+            await client.send_all(b"POST / HTTP/1.1\r\nHost: x\r\n" + lengths + b"0\r\n\r\n")
+            answer = b"".join([some async for some in client])
+            assert answer.startswith(b"HTTP/1.1 400")
+            assert not app.asked.is_set()
 
 
 async def test_what_nobody_foresaw_ends_one_client() -> None:

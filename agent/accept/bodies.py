@@ -28,29 +28,29 @@ class Bodies:
     @asynccontextmanager
     async def read(self, receive: Receive) -> AsyncIterator[bytes | Unread]:
         """One request's body, which is counted as held for the block."""
-        pieces: list[bytes] = []
+        body = bytearray()  # a list of its pieces would be many times as large where each is a byte
+        whole = b""
         try:
             unread: Unread | None = Unread.TOO_SLOW
             with trio.move_on_after(self._seconds):
-                unread = await self._gather(receive, pieces)
-            pieces[:] = [b"".join(pieces)]
-            yield pieces[0] if unread is None else unread
+                unread = await self._gather(receive, body)
+            whole = bytes(body)
+            body.clear()
+            yield whole if unread is None else unread
         finally:
-            self.held -= sum(map(len, pieces))
+            self.held -= len(body) + len(whole)
 
-    async def _gather(self, receive: Receive, pieces: list[bytes]) -> Unread | None:
-        size, more = 0, True
+    async def _gather(self, receive: Receive, body: bytearray) -> Unread | None:
+        more = True
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return Unread.GONE
             piece, more = message.get("body", b""), message.get("more_body", False)
-            size += len(piece)
-            if size > self._largest:
+            if len(body) + len(piece) > self._largest:
                 return Unread.TOO_LARGE
             if self.held + len(piece) > self._together:
                 return Unread.NO_ROOM
-            if piece:  # thousands of empty ones would be memory too
-                pieces.append(piece)
-                self.held += len(piece)
+            body += piece
+            self.held += len(piece)
         return None

@@ -156,7 +156,8 @@ class Connection:
         self._reader.resume(handed.unfinished)
         self._acks = None if handed.totals is None else Acknowledgements(handed.totals)
         for read in handed.reads:
-            self._offered.append(self._source.putter.offer(read, urgent=True, admitted=True))
+            offered = self._source.putter.offer(read, client=self, urgent=True, admitted=True)
+            self._offered.append(offered)
 
     async def run(self) -> None:
         """Serve it to its end, or until it is left."""
@@ -212,7 +213,7 @@ class Connection:
                 if patience.cancelled_caught:
                     self._finish(clean=False)
                     return
-                await putter.room()
+                await putter.room(self)
                 data = await self._peer.receive()
             except OSError:
                 self._finish(clean=False)
@@ -287,7 +288,7 @@ class Connection:
         if not lines and cut is None:
             return
         read = Read(lines, self._source.clock.now(), cut, self._origin)
-        offered = self._source.putter.offer(read, urgent=self._acks is not None)
+        offered = self._source.putter.offer(read, client=self, urgent=self._acks is not None)
         if self._acks is not None:
             self._offered.append(offered)
             self._more.set()

@@ -5,8 +5,9 @@ waits for an acknowledgement, a put may wait a moment for company: 1,000 events 
 """
 
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import NamedTuple
 
 import trio
@@ -26,8 +27,15 @@ QUEUE_BYTES = 8 * CHUNK_BYTES
 ENOUGH_BYTES = 256 * 1024
 # What one put takes: more in one go would only hold more memory and the loop for longer.
 MOST_BYTES = CHUNK_BYTES
-# And in lines, each of which may be a refusal, of 10 µs: so others wait for 40 ms at most.
+# And in lines, of 1 µs; fewer where many are refused, which takes ten times as long: others wait for 4 ms.
 MOST_LINES = 4 * CHUNK_EVENTS
+REFUSAL_COST = 10
+# Good lines between bad ones do not let the next put be a long one.
+FORGETTING = 0.9
+# What one client may have on its way: two puts, so that one is read while the other commits.
+CLIENT_BYTES = 2 * MOST_BYTES
+# What a line costs beside its bytes, for whose turn it is.
+LINE_COST = 256
 # How long a put waits for company where nothing was promised yet.
 COMPANY_SECONDS = 0.05
 # The last refusals, for `status`.
@@ -49,11 +57,18 @@ class Offered:
     `read` is what of it is not yet gathered for a put, `lines` about how many lines that has.
     """
 
-    def __init__(self, read: Read) -> None:
+    def __init__(self, read: Read, client: object = None) -> None:
         self.read = read
+        self.client = client
         self.lines = count_byte(read.lines, b"\n")
         self.settled = trio.Event()
-        self.outcome = Outcome(0, ())
+        self._told = 0
+        self._refused: list[tuple[int, str]] = []
+
+    @property
+    def outcome(self) -> Outcome:
+        """What became of it until now."""
+        return Outcome(self._told, self._refused)
 
     def split(self, lines: int) -> Read:
         """Take the first `lines` off; what is left comes as much later as it has lines before it."""
@@ -71,9 +86,8 @@ class Offered:
 
     def add(self, outcome: Outcome) -> None:
         """What became of its next part."""
-        before = self.outcome.lines
-        later = [(before + line, reason) for line, reason in outcome.refused]
-        self.outcome = Outcome(before + outcome.lines, [*self.outcome.refused, *later])
+        self._refused += [(self._told + line, reason) for line, reason in outcome.refused]
+        self._told += outcome.lines
 
 
 class Part(NamedTuple):
@@ -94,7 +108,11 @@ class Refusal(NamedTuple):
 
 
 class Putter:
-    """Takes a source's reads and puts them, in the order in which they were offered."""
+    """Takes a source's reads and puts them: a client's in the order in which they were offered.
+
+    Among clients it is first the turn of those who have least on their way, so that one who floods holds up
+    nobody but himself.
+    """
 
     def __init__(self, source: str, door: Door, buffer: Buffer, rates: Rates | None = None) -> None:
         self._source = source
@@ -102,9 +120,10 @@ class Putter:
         self._buffer = buffer
         self._rates = rates
         self._even = min(door.rules.max_batch_events, CHUNK_EVENTS)
-        self._most = max(1, MOST_LINES // self._even)
+        self._share = 0.0  # of the last puts' lines, that were refused
         self._offers: deque[Offered] = deque()
         self._held = 0
+        self._held_of: Counter[object] = Counter()
         self._urgent = False
         self._closing = False
         self._leaving = False
@@ -116,8 +135,10 @@ class Putter:
         self.recent: deque[Refusal] = deque(maxlen=RECENT)
         self._random = random.SystemRandom()
 
-    async def room(self) -> None:
-        """Return when another read may be made; readers are served in turn."""
+    async def room(self, client: object = None) -> None:
+        """Return when another read may be made, for a client where one is told; readers take turns."""
+        while client is not None and self._held_of[client] >= CLIENT_BYTES:
+            await self._room.wait()
         if self._held < QUEUE_BYTES and not self._turn.locked():
             return
         async with self._turn:
@@ -128,20 +149,29 @@ class Putter:
         """Whether a request of so many events may come now, all of it; then they are counted as come."""
         return self._rates is None or self._rates.admit_all(None, events, trio.current_time())
 
-    def offer(self, read: Read, *, urgent: bool = False, admitted: bool = False) -> Offered:
+    def offer(
+        self, read: Read, *, client: object = None, urgent: bool = False, admitted: bool = False
+    ) -> Offered:
         """Hand a read over; ask for `room` before reading.
 
         It is `urgent` where a client waits for the answer, `admitted` where `admits` was asked, or another
         putter has offered it before.
         """
-        offered = Offered(self._within(self._rates, read) if self._rates and not admitted else read)
+        within = self._within(self._rates, read) if self._rates and not admitted else read
+        offered = Offered(within, client)
         self._offers.append(offered)
-        self._held += len(offered.read.lines)
+        self._hold(client, len(within.lines))
         self._urgent = self._urgent or urgent
         self._some.set()
         if self._urgent or self._held >= ENOUGH_BYTES:
             self._enough.set()
         return offered
+
+    def _hold(self, client: object, size: int) -> None:
+        self._held += size
+        self._held_of[client] += size
+        if not self._held_of[client]:
+            del self._held_of[client]
 
     def _within(self, rates: Rates, read: Read) -> Read:
         """The read without the lines that its source or user may not send now, which are denied."""
@@ -202,6 +232,8 @@ class Putter:
             self._enough = trio.Event()
             with trio.move_on_after(COMPANY_SECONDS):
                 await self._enough.wait()
+        most = self._most_lines()
+        self._order()
         gathered: list[Part] = []
         size = lines = 0
         while self._offers and (not gathered or size + len(self._offers[0].read.lines) <= MOST_BYTES):
@@ -209,13 +241,30 @@ class Putter:
             gathered.append(Part(offered, offered.read, last=True))
             size += len(offered.read.lines)
             lines += offered.lines
-            if lines > MOST_LINES:
+            if lines > most:
                 break
-        if lines > self._even:
-            self._give_back(gathered, max(lines % self._even, lines - self._even * self._most))
+        if lines > min(most, self._even):
+            uneven = lines % self._even if most >= self._even else 0
+            self._give_back(gathered, max(uneven, lines - most))
         if not self._offers:
             self._urgent = False
         return gathered
+
+    def _most_lines(self) -> int:
+        """How many lines a put takes: fewer where many of the last were refused."""
+        most = int(MOST_LINES / (1 + (REFUSAL_COST - 1) * self._share))
+        return most if most < self._even else most - most % self._even
+
+    def _order(self) -> None:
+        """Bring those first whose client has least before and in them; a client's own keep their order."""
+        if len(self._offers) < 2 or all(one.client is self._offers[0].client for one in self._offers):
+            return
+        before: Counter[object] = Counter()
+        turns: list[tuple[int, int, Offered]] = []
+        for place, offered in enumerate(self._offers):
+            before[offered.client] += len(offered.read.lines) + LINE_COST * offered.lines
+            turns.append((before[offered.client], place, offered))
+        self._offers = deque(offered for _, _, offered in sorted(turns, key=itemgetter(0, 1)))
 
     def _give_back(self, gathered: list[Part], lines: int) -> None:
         """Leave the last lines for the next put: a request costs the same for a chunk that is not full."""
@@ -254,7 +303,9 @@ class Putter:
             _tell(gathered, decoded, shed=taken < events)
         else:
             _tell(gathered, decoded, shed=False)
-        self._held -= sum(len(read.lines) for read in reads)
+        for part in gathered:
+            self._hold(part.offered.client, -len(part.read.lines))
+        self._share = max(len(decoded.rejects) / max(1, sum(decoded.lines)), self._share * FORGETTING)
         self._room.set()
         self._room = trio.Event()
 

@@ -1,0 +1,282 @@
+"""Hostile clients at every door of one agent: they end themselves, and nobody else.
+
+After each kind of attack the agent serves good clients at every door, its books balance, its memory is within
+what the README says, its descriptors are those that it had, and its log has no mistake of its own.
+"""
+
+import json
+import os
+import re
+import resource
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack
+from functools import partial
+from pathlib import Path
+
+import httpx
+import pytest
+import trio
+from attacks import BODIES, FLOODS, RAW, SLOW, UNREAD, Body, Raw, Slow
+from certificates import Papers
+from fortress import ASK, MIB, STREAMS, WEB, Fortress, fortress, papers
+from processes import ended
+
+__all__ = ["papers"]
+Told = Callable[[str, object], None]
+LONG = pytest.mark.slow
+
+# The pages have 16 places, and one is for who looks whether the agent is well.
+AT_ONCE = 12
+# What a client that never reads says ten times a second; the kernel keeps some 200 KiB of what it is told.
+UNREAD_BYTES = 512
+
+
+@pytest.fixture(autouse=True)
+def _descriptors() -> Iterator[None]:
+    """A client's end of a thousand connections takes descriptors too."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+async def exchanged(fort: Fortress, door: str, raw: Raw) -> tuple[bytes, bool]:
+    """What is answered to a text, and whether the agent ended the connection."""
+    answer = b""
+    async with await fort.connect(door) as client, trio.open_nursery() as nursery:
+
+        async def send() -> None:
+            try:
+                await client.send_all(raw.text)
+                if not raw.closes:
+                    await client.send_eof()
+            except trio.BrokenResourceError:
+                pass
+
+        nursery.start_soon(send)
+        with trio.move_on_after(10) as patience:
+            try:
+                while some := await client.receive_some(65536):
+                    answer += some
+            except trio.BrokenResourceError:
+                pass
+        nursery.cancel_scope.cancel()
+    return answer, not patience.cancelled_caught
+
+
+async def test_texts_that_can_be_read_in_two_ways(papers: Papers, record_property: Told) -> None:
+    """No request is hidden in another, however lengths, chunks, lines and headers are spelled."""
+    wrong = []
+    async with fortress(papers) as fort:
+        before, limiter = fort.descriptors(), trio.CapacityLimiter(AT_ONCE)
+
+        async def attack(door: str, raw: Raw) -> None:
+            async with limiter:
+                answer, ended = await exchanged(fort, door, raw)
+            statuses = re.findall(rb"HTTP/1\.1 (\d+)", answer)
+            if len(statuses) > raw.answers or not ended or b"smuggled" in answer:
+                wrong.append((door, raw.name, statuses, ended))
+
+        for door in WEB:
+            async with trio.open_nursery() as nursery:
+                for raw in RAW:
+                    nursery.start_soon(attack, door, raw)
+        assert not wrong
+        await fort.holds(before)
+        assert "smuggled" not in {event.event for event in fort.sink.events}
+        record_property("told", f"{len(WEB) * len(RAW)} requests, {fort.memory() // MIB} MiB")
+
+
+async def test_bodies_that_are_bombs(papers: Papers, record_property: Told) -> None:
+    """What unpacks a thousandfold or nests without end is refused; a good event beside it is taken."""
+    wrong = []
+    async with fortress(papers) as fort:
+        before, limiter = fort.descriptors(), trio.CapacityLimiter(4)
+        host, port = fort.doors["http"]
+
+        async def attack(client: httpx.AsyncClient, body: Body) -> None:
+            headers = {"content-encoding": body.encoding} if body.encoding else {}
+            async with limiter:
+                url = f"http://{host}:{port}{body.path}"
+                answer = await client.post(url, content=body.body, headers=headers)
+            if answer.status_code not in body.statuses:
+                wrong.append((body.name, answer.status_code, answer.text[:200]))
+
+        async with httpx.AsyncClient(timeout=60) as client, trio.open_nursery() as nursery:
+            for body in BODIES:
+                nursery.start_soon(attack, client, body)
+        assert not wrong
+        await fort.holds(before)
+        record_property("told", f"{len(BODIES)} bodies, {fort.memory() // MIB} MiB")
+
+
+async def drip(fort: Fortress, slow: Slow, opened: Callable[[], None]) -> None:
+    """One slow client, until cancelled or shown out."""
+    async with await fort.connect(slow.door) as client:
+        opened()
+        try:
+            await client.send_all(slow.begins)
+            while True:
+                await trio.sleep(1)
+                await client.send_all(slow.drips)
+        except trio.BrokenResourceError:
+            return
+
+
+@pytest.mark.parametrize(
+    ("times", "seconds"), [(1, 1), pytest.param(20, 100, marks=LONG)], ids=["short", "long"]
+)
+async def test_slow_clients(papers: Papers, times: int, seconds: int, record_property: Told) -> None:
+    """A byte a second in a line, a handshake, a header, a body, a chunk: meanwhile all others are served."""
+    async with fortress(papers) as fort:
+        before, opened = fort.descriptors(), []
+        async with trio.open_nursery() as nursery:
+            for slow in SLOW * times:
+                nursery.start_soon(drip, fort, slow, partial(opened.append, slow))
+            for second in range(seconds):
+                await trio.sleep(1)
+                await fort.serves(100 + 30 * second)
+            nursery.cancel_scope.cancel()
+        await fort.holds(before)
+        record_property("told", f"{len(opened)} for {seconds} s, {fort.memory() // MIB} MiB")
+
+
+@pytest.mark.parametrize(
+    ("times", "seconds"), [(1, 2), pytest.param(8, 60, marks=LONG)], ids=["short", "long"]
+)
+async def test_clients_that_never_read(
+    papers: Papers, times: int, seconds: int, record_property: Told
+) -> None:
+    """Of acknowledgements, refusals, pages and events as they pass: who reads is told all the same."""
+    async with fortress(papers) as fort:
+        before, sent = fort.descriptors(), []
+
+        async def ask(door: str, text: bytes) -> None:
+            connecting = fort.agreed() if door == "tls" else fort.connect(door)
+            async with await connecting as client:
+                try:
+                    await client.send_all(ASK if door in STREAMS else b"")
+                    while True:
+                        await client.send_all(text * (UNREAD_BYTES // len(text)))
+                        sent.append(door)
+                        await trio.sleep(0.1)
+                except trio.BrokenResourceError:
+                    return
+
+        async with trio.open_nursery() as nursery:
+            for door, text in UNREAD * times:
+                nursery.start_soon(ask, door, text)
+            for second in range(seconds):
+                await trio.sleep(1)
+                await fort.serves(100 + 30 * second)
+            nursery.cancel_scope.cancel()
+        books = await fort.holds(before)
+        told = f"{len(UNREAD) * times} clients for {seconds} s, {books['rejected']} lines refused"
+        record_property("told", f"{told}, {fort.memory() // MIB} MiB")
+
+
+# As many clients as a source serves at once, each of which holds half a line or half a request.
+CROWDS = (
+    ("unix_stream", b'{"event":"' + b"x" * 15_000),
+    ("json", b'{"event":"' + b"x" * 15_000),
+    ("syslog", b"900000 <13>1 - host app " + b"x" * 15_000),
+    ("logfmt", b'event="' + b"x" * 15_000),
+    ("tls", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(100)),
+    ("http", b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 15_000),
+    ("http", b"POST /batch/ HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n" + b" " * 15_000),
+    ("pages", b"GET /"),
+)
+# Connects as often as it is told, says what it reads, and is then stopped, as a computer is that is cut off.
+PEER = """
+import os, resource, signal, socket, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+family, where, count = int(sys.argv[1]), eval(sys.argv[2]), int(sys.argv[3])
+text = sys.stdin.buffer.read()
+kept = []
+for _ in range(count):
+    kept.append(socket.socket(family))
+    kept[-1].settimeout(10)
+    kept[-1].connect(where)
+    kept[-1].setblocking(False)
+    try:
+        kept[-1].send(text)
+    except OSError:
+        pass
+os.write(1, b"there")
+os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+@pytest.mark.parametrize("count", [50, pytest.param(1000, marks=LONG)], ids=["short", "long"])
+async def test_a_thousand_half_open_clients(papers: Papers, count: int, record_property: Told) -> None:
+    """All at once, and stopped in the middle of what they said: clients that were there before are served."""
+    async with fortress(papers) as fort, AsyncExitStack() as stack:
+        before = fort.descriptors()
+
+        async def crowd(door: str, text: bytes) -> None:
+            where = fort.doors[door]
+            family = socket.AF_UNIX if isinstance(where, str) else socket.AF_INET
+            peer = await trio.lowlevel.open_process(
+                [sys.executable, "-Sc", PEER, str(int(family)), repr(where), str(count)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+            )
+            await stack.enter_async_context(ended(peer))
+            assert peer.stdin is not None
+            assert peer.stdout is not None
+            async with peer.stdin as told:
+                await told.send_all(text)
+            assert await peer.stdout.receive_some(5) == b"there"
+
+        async with trio.open_nursery() as nursery:
+            for door, text in CROWDS:
+                nursery.start_soon(crowd, door, text)
+        with trio.fail_after(30):
+            while fort.descriptors() < before + 4 * count:
+                await trio.sleep(0.05)
+        connected, at_worst = fort.descriptors() - before, fort.memory("VmRSS")
+        if count < 1000:
+            await fort.serves(100)
+        await stack.aclose()
+        await fort.holds(before)
+        figures = f"{connected} connections, {at_worst // MIB} MiB with them, {fort.memory() // MIB} at worst"
+        record_property("told", figures)
+
+
+async def crowd(*arguments: str, text: str = "") -> str:
+    """What a client in a process of its own says."""
+    command = [sys.executable, "-S", str(Path(__file__).with_name("crowd.py")), *arguments]
+    done = await trio.run_process(command, stdin=text.encode(), capture_stdout=True)
+    return done.stdout.decode()
+
+
+@pytest.mark.parametrize(
+    ("each", "seconds"), [(False, 1.5), pytest.param(True, 6, marks=LONG)], ids=["short", "long"]
+)
+async def test_floods_beside_a_good_client(
+    papers: Papers, each: bool, seconds: float, record_property: Told
+) -> None:
+    """Whatever another user pours into the same source, who sends 5,000 events a second is served."""
+    uid = "65534" if os.getuid() == 0 else "0"
+    texts = [text.decode("latin-1") for text in FLOODS.values()]
+    told = []
+    async with fortress(papers) as fort:
+        before = fort.descriptors()
+        for name, some in zip(FLOODS, ([text] for text in texts), strict=True) if each else [("all", texts)]:
+            async with trio.open_nursery() as nursery:
+                for kind, door in (
+                    ("1", "unix_stream"),
+                    *((("2", "unix_datagram"), ("2", "udp")) if not each else ()),
+                ):
+                    flood = ["flood", kind, json.dumps(fort.doors[door]), str(seconds + 1), uid]
+                    nursery.start_soon(partial(crowd, *flood, text=json.dumps(some)))
+                await trio.sleep(0.5)
+                figures = json.loads(await crowd("good", str(fort.doors["unix_stream"]), str(seconds)))
+            assert figures["accepted"] > 0
+            told.append(f"{name}: p99 {figures['p99']} ms")
+        books = await fort.holds(before)
+        counted = f"{books['rejected']} lines refused, {fort.memory() // MIB} MiB"
+        record_property("told", "; ".join((*told, counted)))
