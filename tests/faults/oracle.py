@@ -125,7 +125,7 @@ class Judgement(NamedTuple):
     def __str__(self) -> str:
         return (
             f"{self.owed} acknowledged, none lost; {self.doubled} came again that were in flight at a kill, "
-            f"{self.lied} of which the server had hidden that it took them"
+            f"{self.lied} others as the server had hidden that it took them"
         )
 
 
