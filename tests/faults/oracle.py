@@ -36,6 +36,7 @@ IN_FLIGHT = CONCURRENCY * BATCH * COMPANY
 PORTAL = Reply(200, b"<!DOCTYPE html><title>Log in</title>", {"content-type": "text/html"})
 CUT_OFF = Reply(200, b'{"status"', {"content-length": "100"})
 PATIENCE = 120.0
+MAGIC = b"SQLite format 3\0"
 
 # What the sink does instead of what it should, in how many of a thousand requests: before it takes anything,
 # and when it has taken the events.
@@ -46,7 +47,7 @@ BEFORE: Sequence[tuple[int, Reply | Fault]] = (
     (50, Reply(500)),
     (40, Fault.HANG_UP),
     (10, Fault.STALL),
-    (30, Reply(413)),
+    (15, Reply(413)),
     (20, Reply(400, b"no reason")),
     (30, PORTAL),
 )
@@ -58,11 +59,11 @@ AFTERWARDS: Sequence[tuple[int, Reply | Fault]] = (
     (40, Reply(500)),
     (30, Reply(429, b"", {"retry-after": "0"})),
     (30, PORTAL),
-    (20, Reply(413)),
+    (10, Reply(413)),
 )
 LATE = 50
-# What holds deliveries up for longer than most lives last.
-LONG = (PORTAL, Fault.STALL)
+# What holds deliveries up, or has them go by a few events at a time, for longer than most lives last.
+LONG = (PORTAL, Fault.STALL, Reply(413))
 
 
 class Liar(Sink):
@@ -72,7 +73,7 @@ class Liar(Sink):
     """
 
     def __init__(self, random: Random, nursery: trio.Nursery, *, brisk: bool) -> None:
-        super().__init__(keep=10**6, reject_if=("poison", "yes"), script=self._whim)
+        super().__init__(keep=10**6, reject_if=("poison", "yes"), retry_rate=0.01, script=self._whim)
         self.away = self.well = False
         self.lied: set[int] = set()
         self._chance = random
@@ -81,7 +82,7 @@ class Liar(Sink):
 
     def be_well(self) -> None:
         """From now on it takes everything and says so."""
-        self.well, self.away, self._reject_if = True, False, None
+        self.well, self.away, self._reject_if, self._retry_rate = True, False, None, 0.0
 
     def _whim(self, request: Request) -> Reply | Fault | trio.Event | None:
         if self.away:
@@ -99,7 +100,8 @@ class Liar(Sink):
         whim = None if self.well or reply.status != 200 else self._drawn(AFTERWARDS)
         if whim is None:
             return reply
-        if isinstance(whim, Fault) or whim.status != 200 or whim is PORTAL:
+        # By v1 the answer's text says what was taken.
+        if isinstance(whim, Fault) or whim.status != 200 or whim is PORTAL or "/v1/" in request.path:
             self.lied.add(request.number)
         return whim
 
@@ -123,7 +125,7 @@ class Judgement(NamedTuple):
     def __str__(self) -> str:
         return (
             f"{self.owed} acknowledged, none lost; {self.doubled} came again that were in flight at a kill, "
-            f"{self.lied} of which the server had hidden that it took them"
+            f"{self.lied} others as the server had hidden that it took them"
         )
 
 
@@ -256,6 +258,7 @@ class Trial:
         random: Random,
         *,
         buffer: str = 'max_size = "64 MiB"',
+        protocol: str = "batch",
         pad: int = 100,
         brisk: bool = True,
     ) -> None:
@@ -266,6 +269,7 @@ class Trial:
         self.kills = 0
         self._pad = pad
         self._brisk = brisk
+        self._protocol = protocol
         self._buffer = buffer
         self._port, self._http_port = _free_ports(2)
         self._url = ""
@@ -308,6 +312,7 @@ class Trial:
             socket = "{self.folder}/admin.sock"
             listen = ""
             [delivery]
+            protocol = "{self._protocol}"
             linger = "20 ms"
             backoff_base = "20 ms"
             backoff_max = "200 ms"
@@ -381,6 +386,9 @@ class Trial:
         self.kills += 1
         if not self.database.exists() or Path(f"{self.database}.new").exists():
             return  # a rescue that was cut off: the next start goes on with it
+        with self.database.open("rb") as file:
+            if file.read(len(MAGIC)) != MAGIC:
+                return  # the next start says of it that it is damaged, and counts what is lost
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             for end in ("", "-wal", "-wal.kept"):
                 with suppress(FileNotFoundError):
