@@ -131,6 +131,8 @@ def configured(folder: Path, port: int) -> Path:
     for said, name in ((f'path = "{folder}/events.sock"', "s"), (f'path = "{folder}/events.dgram"', "d")):
         text = text.replace(said, f'socket = "{name}"')
     text = text.replace('listen = "127.0.0.1:0"', 'socket = "u"')
+    # Outages at length are twice as long: each is followed by what a true one is, and no minute of rest.
+    text = text.replace('backoff_max = "200 ms"', 'backoff_max = "5 s"')
     text += '[[source]]\nkind = "unix_stream"\nname = "syslog"\nformat = "syslog"\nsocket = "y"\n'
     for kind, name in (("tcp", "t"), ("http", "h")):
         text += f'[[source]]\nkind = "{kind}"\nsocket = "{name}"\n'
