@@ -14,8 +14,8 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -2, -3, -8
 KEPT_BYTES = 2 * 1024 * 1024
 LARGEST_BYTES = 4 * 1024 * 1024  # above it an allocation is its own mapping, gone when freed
 
-# httpx leaves each request, its body included, in a cycle of some 100 objects, which only the collector ends.
-# Every 5,000 that is a few MB of bodies; the default of 700 would have each chunk of events collect twice.
+# httpx leaves each request in a cycle of some 100 objects, which only the collector ends; no body is in it.
+# The default of 700 would have each chunk of events collect twice.
 COLLECT_AFTER = 5_000
 
 

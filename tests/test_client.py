@@ -1,9 +1,11 @@
 """`agent.deliver.client`: against real sockets, every failure is a value, soon, and tells no secret."""
 
+import gc
 import gzip
 import logging
 import socket
 import ssl
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import NamedTuple
@@ -107,7 +109,7 @@ OK = answer("200 OK", b'{"status": "Ok"}', "Content-Type: application/json")
 
 async def post(url: str, settings: Settings | None = None, body: bytes = b"{}") -> Reply | Retry | Refused:
     async with Client(settings or Settings()) as client:
-        return await client.post(url, body, {"Content-Type": "application/json", "X-Key": SECRET})
+        return await client.post(url, (body,), {"Content-Type": "application/json", "X-Key": SECRET})
 
 
 @pytest.fixture(autouse=True)
@@ -160,9 +162,26 @@ async def test_a_connection_serves_many_posts() -> None:
     async with serving(answering(answer("200 OK", b"ok", "Set-Cookie: pod=7; Path=/"))) as server:
         async with Client(Settings()) as client:
             for _ in range(3):
-                assert isinstance(await client.post(server.url, b"{}", {}), Reply)
+                assert isinstance(await client.post(server.url, (b"{}",), {}), Reply)
         assert len(server.connections) == 1
         assert b"pod=7" not in server.connections[0]
+
+
+async def test_a_body_is_not_kept() -> None:
+    """Whatever becomes of a request, its body is free at once, not when the collector comes by."""
+    body = bytes(200_000)
+    before = sys.getrefcount(body)
+    gc.disable()
+    try:
+        for serve in (answering(OK), reset, hang_up, answering(b"nonsense")):
+            async with serving(serve) as server, Client(Settings()) as client:
+                await client.post(server.url, (body[:1], body), {})
+                assert sys.getrefcount(body) == before
+                with trio.move_on_after(0):
+                    await client.post(server.url, (body,), {})
+                assert sys.getrefcount(body) == before
+    finally:
+        gc.enable()
 
 
 async def test_redirects_are_not_followed() -> None:
@@ -183,7 +202,7 @@ async def test_an_idle_connection_that_the_server_closed_is_no_outage() -> None:
 
     async with serving(once) as server, Client(Settings()) as client:
         for _ in range(3):
-            assert isinstance(await client.post(server.url, b"{}", {}), Reply)
+            assert isinstance(await client.post(server.url, (b"{}",), {}), Reply)
             await trio.testing.wait_all_tasks_blocked(0.02)
         assert len(server.connections) == 3
 
@@ -213,7 +232,7 @@ async def test_a_name_that_moves_is_followed() -> None:
                 (listener,) = await trio.open_tcp_listeners(port, host=address)
                 port = listener.socket.getsockname()[1]
                 nursery.start_soon(trio.serve_listeners, at(address), [listener])
-                reply = await client.post(f"http://localhost:{port}/batch/", b"{}", {})
+                reply = await client.post(f"http://localhost:{port}/batch/", (b"{}",), {})
                 nursery.cancel_scope.cancel()
             assert isinstance(reply, Reply)
     assert reached == addresses * 2
@@ -372,7 +391,7 @@ async def test_an_address_that_is_none_holds_the_project(url: str) -> None:
 async def test_a_header_that_cannot_be_sent_holds_and_tells_nothing(value: str) -> None:
     """The reason says that a header is wrong, not what it holds."""
     async with serving(answering(OK)) as server, Client(Settings()) as client:
-        verdict = await client.post(server.url, b"{}", {"X-Key": value})
+        verdict = await client.post(server.url, (b"{}",), {"X-Key": value})
     assert isinstance(verdict, Refused)
     assert SECRET not in verdict.why
 
@@ -381,7 +400,7 @@ async def test_cancellation_passes() -> None:
     """A shutdown ends a post at once, and not as a verdict."""
     async with serving(never) as server, Client(Settings(timeout=60)) as client:
         with trio.move_on_after(0.1) as scope:
-            await client.post(server.url, b"{}", {})
+            await client.post(server.url, (b"{}",), {})
         assert scope.cancelled_caught
 
 

@@ -4,6 +4,7 @@ import gzip
 import json
 import zlib
 from contextlib import suppress
+from random import Random
 from types import ModuleType
 from typing import NamedTuple
 
@@ -76,7 +77,7 @@ def test_what_one_packer_packs_the_other_opens(monkeypatch: pytest.MonkeyPatch) 
 @given(st.binary(max_size=200), st.lists(texts, max_size=6), st.binary(max_size=50))
 def test_joined_chunks_are_one_gzip_member(head: bytes, datas: list[bytes], tail: bytes) -> None:
     """Readers that stop after the first member get everything, and readers that go on find nothing more."""
-    joined = pack.member(head, [piece(data) for data in datas], tail)
+    joined = b"".join(pack.member(head, [piece(data) for data in datas], tail))
     whole = head + b",".join(datas) + tail
     assert gzip.decompress(joined) == whole
     reader = zlib.decompressobj(31)
@@ -88,10 +89,24 @@ def test_joined_chunks_are_one_gzip_member(head: bytes, datas: list[bytes], tail
 def test_a_member_is_readable_with_either_packer() -> None:
     """The checksum of the whole is right whichever library adds the checksums of the parts."""
     parts = [json.dumps({"event": name}).encode() for name in ("a", "b" * 70_000, "c")]
-    joined = pack.member(b"[", [piece(part) for part in parts], b"]")
+    joined = b"".join(pack.member(b"[", [piece(part) for part in parts], b"]"))
     reader = zlib.decompressobj(31)
     assert json.loads(reader.decompress(joined))[2] == {"event": "c"}
     assert (reader.eof, reader.unused_data) == (True, b"")
+
+
+def test_large_chunks_are_not_copied() -> None:
+    """They are pieces of their own; what is small lies together, and is worth a write."""
+    large = [piece(Random(number).randbytes(pack.LARGE_BYTES)) for number in (1, 2)]
+    small = [piece(b"%d" % number) for number in range(100)]
+    pieces = pack.member(b"[", [*small, large[0], *small, large[1]], b"]")
+    assert len(pieces) == 5
+    assert pieces[1] is large[0].packed
+    assert pieces[3] is large[1].packed
+    whole = b",".join(
+        zlib.decompressobj(-15).decompress(one.packed) for one in (*small, large[0], *small, large[1])
+    )
+    assert gzip.decompress(b"".join(pieces)) == b"[" + whole + b"]"
 
 
 @given(st.binary(max_size=400), st.binary(max_size=400))

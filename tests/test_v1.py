@@ -146,11 +146,11 @@ def test_a_body_is_what_the_protocol_wants() -> None:
     body = v1.body(
         batch(chunk(b'{"n":1}')), "2026-01-01T00:00:00.000Z", historical_migration=False, compression="none"
     )
-    assert isinstance(body, bytes)
-    assert json.loads(body) == {"created_at": "2026-01-01T00:00:00.000Z", "batch": [{"n": 1}]}
+    assert isinstance(body, tuple)
+    assert json.loads(b"".join(body)) == {"created_at": "2026-01-01T00:00:00.000Z", "batch": [{"n": 1}]}
     body = v1.body(batch(chunk(b"{}")), "x", historical_migration=True, compression="none")
-    assert isinstance(body, bytes)
-    assert json.loads(body)["historical_migration"] is True
+    assert isinstance(body, tuple)
+    assert json.loads(b"".join(body))["historical_migration"] is True
 
 
 def test_the_headers_leave_an_sdks_name_alone() -> None:

@@ -1,4 +1,4 @@
-"""What to do on a disk that is full, or is said to be."""
+"""How the file gives room back to the disk; what to do on one that is full, or is said to be."""
 
 import os
 import sqlite3
@@ -14,6 +14,14 @@ STEP_BYTES = 1024 * 1024
 WRITE_BACK = "PRAGMA wal_checkpoint(PASSIVE)"
 
 
+def give_back(connection: sqlite3.Connection, pages: int) -> None:
+    """Return up to so many free pages to the filesystem; the last of them with all that is cut off."""
+    # `execute` would stop after the first: each page is a row of the statement, one without columns.
+    connection.executescript(f"PRAGMA incremental_vacuum({pages})")
+    if not connection.execute("PRAGMA freelist_count").fetchone()[0]:
+        connection.execute(WRITE_BACK)
+
+
 def give_back_room(connection: sqlite3.Connection, path: Path, reserve: Reserve, room: Room) -> None:
     """Let a full disk have what is free in the database, until it has the reserve and takes a commit again.
 
@@ -26,7 +34,7 @@ def give_back_room(connection: sqlite3.Connection, path: Path, reserve: Reserve,
         if not connection.execute("PRAGMA freelist_count").fetchone()[0]:
             return
         with suppress(sqlite3.Error):
-            connection.execute(f"PRAGMA incremental_vacuum({STEP_BYTES // PAGE_BYTES})").fetchall()
+            give_back(connection, STEP_BYTES // PAGE_BYTES)
 
 
 def _write_back(connection: sqlite3.Connection, reserve: Reserve) -> None:

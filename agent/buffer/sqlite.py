@@ -22,6 +22,7 @@ from agent.buffer.desk import Asked, Desk, Group, ring
 from agent.buffer.file import Damage, advice, is_damage, is_full
 from agent.buffer.rows import Settlement
 from agent.buffer.store import Store
+from agent.buffer.surplus import Surplus
 from agent.buffer.waiting import Waiting
 from agent.metrics import Metrics
 
@@ -31,9 +32,6 @@ log = structlog.get_logger("buffer")
 RETRY_SECONDS = 1.0
 # Age is looked at this often; `max_age` is meant in hours or days.
 EXPIRY_SECONDS = 1.0
-# Quiet for so long, the file gives free pages back, in steps of 1 MiB, so that a sudden put hardly waits.
-IDLE_SECONDS = 5.0
-IDLE_PAGES = 64
 
 NO_RESERVE = "the disk is full: what deliveries need of it is kept for them"
 
@@ -51,6 +49,7 @@ class SqliteBuffer(Desk):
         self._lost = False  # the file could not be mended, and is closed
         self._rescued = False  # the file was damaged, and mended, just before
         self._waiting = Waiting()
+        self._surplus = Surplus()
         self._copying = trio.Lock()  # one copy at a time: each takes as much of the disk as the buffer
         self._copy = trio.CancelScope()
         self.trouble = ""
@@ -94,23 +93,23 @@ class SqliteBuffer(Desk):
 
     async def _serve(self) -> None:
         while True:
-            with trio.move_on_after(self._patience()) as patience:
+            with trio.move_on_at(self._due()):
                 await self._bell.wait()
             self._bell = trio.Event()
             if trio.current_time() >= self._retry_at:
                 self._full, self._retry_at = False, inf
-            elif patience.cancelled_caught and self._store.free_pages and not self._deposits:
-                await self._in_thread(partial(self._store.give_back_pages, IDLE_PAGES))
             with trio.CancelScope(shield=True):  # what was taken off the queues is done
                 await self.serve_group(now=time.time_ns() // 1000)
+            if pages := self._surplus.step(self._store.free_pages, trio.current_time()):
+                await self._in_thread(partial(self._store.give_back_pages, pages))
 
-    def _patience(self) -> float:
-        """How long to sleep, in seconds, when nobody asks for anything."""
+    def _due(self) -> float:
+        """Until when to sleep, on trio's clock, when nobody asks for anything."""
         if self._retry_at < inf:
-            return max(0.0, self._retry_at - trio.current_time())
-        if self._settings.max_age and self._store.events:
-            return EXPIRY_SECONDS
-        return IDLE_SECONDS if self._store.free_pages else inf
+            return self._retry_at
+        due = self._surplus.due(self._store.free_pages)
+        ages = self._settings.max_age and self._store.events
+        return min(due, trio.current_time() + EXPIRY_SECONDS) if ages else due
 
     async def serve_group(self, now: int) -> None:
         """Do all that is asked at this moment (µs), or as much as one transaction should hold."""

@@ -33,7 +33,7 @@ from agent.buffer.rows import (
     row_of,
 )
 from agent.buffer.shedding import Shedding
-from agent.buffer.space import give_back_room, is_torn
+from agent.buffer.space import give_back, give_back_room, is_torn
 from agent.events import Chunk
 
 log = structlog.get_logger("buffer")
@@ -321,7 +321,7 @@ class Store:
     def give_back_pages(self, most: int) -> None:
         """Return up to `most` free pages to the filesystem, unless it has no room for the change itself."""
         try:
-            self._connection.execute(f"PRAGMA incremental_vacuum({most})").fetchall()
+            give_back(self._connection, most)
         except sqlite3.Error:
             self.free_pages = 0  # none to give back until the next commit has looked
             return

@@ -6,7 +6,7 @@ a reply means is left to `wire`.
 """
 
 import zlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, suppress
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self
@@ -49,16 +49,18 @@ class Reply(NamedTuple):
 class _Body:
     """A request's body; `begun` once there was a connection to send it over, `sent` once the kernel has it.
 
-    httpcore forgives a body that could not be written where an answer came all the same.
+    httpcore forgives a body that could not be written where an answer came all the same. Each request is a
+    cycle of objects that only the collector ends, and seldom: the bytes are not left in it.
     """
 
-    def __init__(self, data: bytes) -> None:
-        self.data = data
+    def __init__(self, pieces: Sequence[bytes]) -> None:
+        self.pieces = pieces
         self.begun = self.sent = False
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         self.begun = True
-        yield self.data
+        for piece in self.pieces:
+            yield piece
         self.sent = True
         crash.point("post.sent")
 
@@ -87,7 +89,7 @@ class Client:
         await self._http.__aexit__(kind, error, trace)
 
     async def post(
-        self, url: str, body: bytes, headers: Mapping[str, str], *, most: int = BODY_START
+        self, url: str, body: Sequence[bytes], headers: Mapping[str, str], *, most: int = BODY_START
     ) -> Reply | Retry | Refused:
         """Send it once; redirects are not followed. Only cancellation comes out as an exception.
 
@@ -95,6 +97,7 @@ class Client:
         Of the reply's body the first `most` bytes are read.
         """
         content = _Body(body)
+        del body
         with trio.move_on_after(self._timeout):
             try:
                 return await self._post(url, content, headers, most)
@@ -109,11 +112,13 @@ class Client:
                     return Refused("host", "redirected to what is no address")
                 reason = why(error)
                 return Retry(None, reason, cut=content.begun and reason != NOT_HTTP)
+            finally:
+                content.pieces = ()
         return Retry(None, f"no answer within {self._timeout:g} s", cut=content.begun)
 
     async def _post(self, url: str, content: _Body, headers: Mapping[str, str], most: int) -> Reply | Retry:
         # A request of our own: the client's would be merged with defaults at a fifth of what a request costs.
-        size = {"Content-Length": str(len(content.data))}
+        size = {"Content-Length": str(sum(map(len, content.pieces)))}
         request = httpx.Request(
             "POST", url, content=content, headers={**headers, **size}, extensions=self._extensions
         )

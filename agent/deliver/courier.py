@@ -6,7 +6,7 @@ to go is left to `pace`, what becomes of the events to `shipment`.
 
 import uuid
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 from urllib.request import getproxies
 
@@ -36,7 +36,7 @@ class Posting(Protocol):
     """What posts a body; `client.Client` is one."""
 
     async def post(
-        self, url: str, body: bytes, headers: Mapping[str, str], *, most: int = BODY_START
+        self, url: str, body: Sequence[bytes], headers: Mapping[str, str], *, most: int = BODY_START
     ) -> Reply | Retry | Refused: ...
 
 
@@ -175,7 +175,7 @@ class Courier:
         return reply
 
     async def _post(
-        self, batch: Batch, url: str, body: bytes, headers: Mapping[str, str], most: int
+        self, batch: Batch, url: str, body: Sequence[bytes], headers: Mapping[str, str], most: int
     ) -> Reply | Retry | Refused:
         """One request, measured and counted."""
         started = trio.current_time()
@@ -186,7 +186,7 @@ class Courier:
         (self.statuses if batch.key is None else self.other_statuses)[status] += 1
         self._metrics.requests.labels(label_of(self._project.name, batch.key), str(status)).inc()
         self._metrics.request_seconds.observe(trio.current_time() - started)
-        self._metrics.request_body_bytes.observe(len(body))
+        self._metrics.request_body_bytes.observe(sum(map(len, body)))
         if isinstance(reply, Reply):
             self._look_at_date(reply.headers)
         return reply

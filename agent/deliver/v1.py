@@ -65,8 +65,8 @@ def headers(
 
 def body(
     batch: Batch, created_at: str, *, historical_migration: bool, compression: Compression
-) -> bytes | Damaged:
-    """The batch as v1 takes it."""
+) -> tuple[bytes, ...] | Damaged:
+    """The batch as v1 takes it, in pieces."""
     historical = b',"historical_migration":true' if historical_migration else b""
     head = b'{"created_at":%b%b,"batch":[' % (msgspec.json.encode(created_at), historical)
     return joined(head, batch, compression)

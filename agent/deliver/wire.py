@@ -29,16 +29,16 @@ TIGHT_LEVEL = 6
 
 def body(
     batch: Batch, api_key: str, sent_at: str | None, *, historical_migration: bool, compression: Compression
-) -> bytes | Damaged:
-    """The batch as `/batch` takes it; without `sent_at` PostHog takes its times as they are."""
+) -> tuple[bytes, ...] | Damaged:
+    """The batch as `/batch` takes it, in pieces; without `sent_at` PostHog takes its times as they are."""
     encode = msgspec.json.encode
     sent = b',"sent_at":' + encode(sent_at) if sent_at is not None else b""
     historical = b',"historical_migration":true' if historical_migration else b""
     return joined(b'{"api_key":%b%b%b,"batch":[' % (encode(api_key), sent, historical), batch, compression)
 
 
-def joined(head: bytes, batch: Batch, compression: Compression) -> bytes | Damaged:
-    """The head of a body and the batch's events; packed, it is one gzip member.
+def joined(head: bytes, batch: Batch, compression: Compression) -> tuple[bytes, ...] | Damaged:
+    """The head of a body and the batch's events, in pieces; packed, it is one gzip member.
 
     Chunks are laid end to end unopened, unless they hold few events each. `Damaged` can therefore only
     come of small chunks or of `compression = "none"`; another broken chunk shows when PostHog refuses it
@@ -55,9 +55,9 @@ def joined(head: bytes, batch: Batch, compression: Compression) -> bytes | Damag
             return Damaged(piece, str(error))
     data = b",".join(opened)
     if compression == "none":
-        return head + data + tail
+        return (head + data + tail,)
     if len(data) <= TIGHT_SIZE:
-        return zlib.compress(head + data + tail, TIGHT_LEVEL, wbits=31)  # 31: a gzip member
+        return (zlib.compress(head + data + tail, TIGHT_LEVEL, wbits=31),)  # 31: a gzip member
     return pack.member(head, [Repacked(pack.deflate(data), len(data), pack.crc32(data))], tail)
 
 

@@ -121,7 +121,7 @@ async def _ask(project: Project, stop: Stop, where: str, *, key: bool, delivers:
     url = f"{project.host.rstrip('/')}/flags?v=2"
     async with client:
         headers = wire.headers(configured, "none")
-        answer = await client.post(url, msgspec.json.encode(question), headers)
+        answer = await client.post(url, (msgspec.json.encode(question),), headers)
     asked = f"{project.host} {stop.proxy}".strip()
     if not isinstance(answer, Reply):
         return [failure(answer, where, asked)]
