@@ -495,7 +495,7 @@ def test_where_keys_may_come_from() -> None:
         ('{ env = "KEY" }', "the environment variable KEY is not set"),
         (
             '{ credential = "k" }',
-            "systemd passes credentials to the agent's unit only (LoadCredential=k:...): ",
+            "systemd passes credentials to the agent's unit only (LoadCredential=NAME:... in it): ",
         ),
         ('{ file = "/k", env = "KEY" }', "must be "),
         ("5", "must be "),
