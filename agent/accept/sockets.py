@@ -51,8 +51,7 @@ def bind_unix(path: str, kind: socket.SocketKind, mode: int, group: str = "") ->
         finally:
             os.umask(umask)
         if group:
-            os.chown(path, -1, _group_id(path, group))
-            os.chmod(path, mode)
+            dress(path, mode, group)
         if kind is socket.SOCK_STREAM:
             sock.listen(BACKLOG)
     except OSError as error:
@@ -80,11 +79,12 @@ def take_unix(
 
 
 def dress(path: str, mode: int, group: str) -> None:
-    """Give a socket file its mode and group. Raises `SocketError`."""
+    """Give a socket file its mode and group, and never what a link leads to. Raises `SocketError`."""
     try:
-        if group:
-            os.chown(path, -1, _group_id(path, group))
-        os.chmod(path, mode)
+        with _file_of(path) as name:
+            if group:
+                os.chown(name, -1, _group_id(path, group))
+            os.chmod(name, mode)
     except FileNotFoundError as error:
         raise SocketError(
             f"{path}: somebody removed this socket's file, and nobody can connect any more",
@@ -97,16 +97,33 @@ def dress(path: str, mode: int, group: str) -> None:
 @contextmanager
 def dressed(path: str, mode: int, group: str) -> Iterator[None]:
     """`dress` a socket file, and undo it where the block fails."""
-    before = os.stat(path) if os.path.exists(path) else None
+    before = os.lstat(path) if os.path.lexists(path) else None
     try:
         dress(path, mode, group)
         yield
     except BaseException:
         if before is not None:
-            with suppress(OSError):
-                os.chown(path, -1, before.st_gid)
-                os.chmod(path, stat.S_IMODE(before.st_mode))
+            with suppress(OSError, SocketError), _file_of(path) as name:
+                os.chown(name, -1, before.st_gid)
+                os.chmod(name, stat.S_IMODE(before.st_mode))
         raise
+
+
+@contextmanager
+def _file_of(path: str) -> Iterator[str]:
+    """A name of the socket file itself, which nobody who may write to its folder can lead elsewhere."""
+    # By its descriptor, as proc(5) has it; chmod(2) knows no way not to follow a link.
+    number = os.open(path, os.O_PATH | os.O_NOFOLLOW)
+    try:
+        if not stat.S_ISSOCK(os.fstat(number).st_mode):
+            raise _no_socket(path)
+        yield f"/proc/self/fd/{number}"
+    finally:
+        os.close(number)
+
+
+def _no_socket(path: str) -> SocketError:
+    return SocketError(f"{path}: there is something here that is not a socket", "move it away")
 
 
 def _clear_the_way(path: str, kind: socket.SocketKind) -> None:
@@ -118,10 +135,12 @@ def _clear_the_way(path: str, kind: socket.SocketKind) -> None:
     except OSError as error:
         raise _cannot_bind(path, error) from error
     if not stat.S_ISSOCK(found.st_mode):
-        raise SocketError(f"{path}: there is something here that is not a socket", "move it away")
+        raise _no_socket(path)
     with socket.socket(socket.AF_UNIX, kind) as probe:
         probe.setblocking(False)
         outcome = probe.connect_ex(path)
+    if outcome == errno.EACCES:  # another user's, and not for us
+        raise _cannot_bind(path, PermissionError(outcome, os.strerror(outcome)))
     # A full backlog or another socket type means that somebody lives there.
     if outcome not in (errno.ECONNREFUSED, errno.ENOENT):
         reason = "another program listens here" if outcome in _ALIVE else os.strerror(outcome)
