@@ -337,7 +337,12 @@ def test_no_answer_speaks_of_recursion(body: bytes, nested: bytes) -> None:
 
 @given(
     st.lists(
-        st.dictionaries(st.text('a"\\[{', max_size=3), st.recursive(st.text('"]},', max_size=3), st.lists))
+        st.dictionaries(
+            st.text('a"\\[{', max_size=3),
+            st.recursive(st.text('"]},', max_size=3), st.lists, max_leaves=8),
+            max_size=4,
+        ),
+        max_size=6,
     ),
     st.booleans(),
     st.sampled_from([None, 2]),
