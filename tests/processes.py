@@ -68,6 +68,20 @@ class Running:
                     return status
                 await trio.sleep(0.02)
 
+    async def reloaded(self, seconds: float = 30) -> dict[str, Any]:
+        """SIGHUP; the status once the next agent tells it, or this one that it has refused."""
+        status = await self.status()
+        before = status["reload"]
+        self.send(signal.SIGHUP)
+        with trio.fail_after(seconds):
+            while status["reload"] == before:
+                await trio.sleep(0.02)
+                try:
+                    status = await self.status()
+                except httpx.TransportError:
+                    continue
+        return status
+
     def log(self) -> str:
         """What it has logged."""
         return (self.folder / "log").read_text()

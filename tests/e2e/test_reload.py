@@ -11,9 +11,7 @@ import sqlite3
 import termios
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
-import httpx
 import pytest
 import trio
 from processes import Running, configure, run, running, started
@@ -26,22 +24,6 @@ from agent.sink import Reply, Sink, serving
 ASK = b'{"ack":true}\n'
 # A part of a line at a time, so that reloads meet lines in the middle.
 PIECE = 29
-
-
-async def reloaded(agent: Running, times: int = 1) -> dict[str, Any]:
-    """Have it reload, and wait until the next agent says so."""
-    status = await agent.status()
-    for _ in range(times):
-        before = status["reload"]
-        agent.send(signal.SIGHUP)
-        with trio.fail_after(30):
-            while status["reload"] == before:
-                await trio.sleep(0.02)
-                try:
-                    status = await agent.status()
-                except httpx.TransportError:
-                    continue
-    return status
 
 
 def changed(config: Path, old: str, new: str) -> None:
@@ -125,7 +107,8 @@ async def test_reloads_under_load_lose_nothing(tmp_path: Path, *, activated: boo
                             sock = trio.socket.socket(family, socket.SOCK_DGRAM)
                             await sock.connect(address)
                             sending.start_soon(one.datagrams, sock)
-                        status = await reloaded(agent, 3)
+                        for _ in range(3):
+                            status = await agent.reloaded()
                         await trio.sleep(0.3)
                         for one in flood:
                             one.stopped = True
@@ -159,7 +142,7 @@ async def test_a_bad_configuration_changes_nothing(tmp_path: Path) -> None:
             async with unit.running(config) as agent:
                 await said.until("READY")
                 changed(config, 'linger = "50 ms"', 'linger = "soon"\nlinge = 1')
-                status = await reloaded(agent)
+                status = await agent.reloaded()
                 assert "delivery.linger" in status["reload"]["error"]
                 assert "delivery.linge" in status["reload"]["error"]
                 assert "MONOTONIC_USEC" in await said.until("RELOADING")
@@ -172,7 +155,7 @@ async def test_a_bad_configuration_changes_nothing(tmp_path: Path) -> None:
                 await agent.until(delivered=1)
                 changed(config, 'linger = "soon"\nlinge = 1', 'linger = "10 ms"')
                 assert "was refused: " in run("status", "--config", str(config)).stdout
-                status = await reloaded(agent)
+                status = await agent.reloaded()
                 assert status["reload"]["error"] is None
                 await said.until("RELOADING")
                 await said.until("READY")
@@ -201,7 +184,7 @@ async def test_a_key_is_mended_while_the_buffer_is_full(tmp_path: Path) -> None:
                     while not (await agent.status())["buffer"]["waiting"]:
                         await trio.sleep(0.02)
                 changed(config, wrong, right)
-                await reloaded(agent)
+                await agent.reloaded()
             status = await agent.until(delivered=count)
             assert status["books"]["balanced"]
             assert status["books"]["shed"] == {}
@@ -238,7 +221,7 @@ async def test_who_has_sent_all_is_answered_after_a_reload(tmp_path: Path) -> No
                 await send(2, client)
                 await read_to_its_end(client)
                 changed(config, wrong, right)
-                await reloaded(agent)
+                await agent.reloaded()
             status = await agent.until(delivered=count + 2)
             assert status["books"]["shed"] == {}
             assert json.loads(b"".join(told).splitlines()[-1]) == {"accepted": 2, "rejected": 0}
@@ -259,7 +242,7 @@ async def test_sources_come_go_and_change(tmp_path: Path) -> None:
                 changed(config, more, more.replace("old", "new"))
                 same = f'path = "{tmp_path}/events.sock"'
                 changed(config, same, f'{same}\nformat = "logfmt"')
-                await reloaded(agent)
+                await agent.reloaded()
                 assert (old.recv(1), first.recv(1)) == (b"", b"")
                 assert not (tmp_path / "old").exists()
                 with socket.socket(socket.AF_UNIX) as new, socket.socket(socket.AF_UNIX) as other:
@@ -286,7 +269,7 @@ async def test_a_place_that_is_taken_refuses_the_reload(tmp_path: Path) -> None:
                 config.write_text(
                     config.read_text() + more.format("free", tmp_path) + more.format("taken", tmp_path)
                 )
-                status = await reloaded(agent)
+                status = await agent.reloaded()
                 assert "another program listens here" in status["reload"]["error"]
                 assert len(status["sources"]) == 3
                 assert not (tmp_path / "free").exists()
@@ -318,12 +301,22 @@ async def test_what_would_fail_after_the_reload_is_refused_before(
                 config.unlink()
             else:
                 changed(config, old.format(tmp_path), new.format(tmp_path))
-            status = await reloaded(agent)
+            status = await agent.reloaded()
             assert told in status["reload"]["error"]
             assert "\n  try: " not in status["reload"]["error"]
             assert told in agent.log()
             await client.send_all(line()[-5:])
             assert json.loads(await client.receive_some()) == {"accepted": 1, "rejected": 0}
+
+
+async def has_checked(agent: Running) -> None:
+    """SIGHUP, and wait until the process that checks the configuration has come and gone."""
+    agent.send(signal.SIGHUP)
+    tasks = Path(f"/proc/{agent.process.pid}/task")
+    for there in (True, False):
+        with trio.fail_after(20):
+            while any(one.read_text() for one in tasks.glob("*/children")) is not there:
+                await trio.sleep(0.005)
 
 
 async def test_what_was_checked_is_what_is_used(tmp_path: Path) -> None:
@@ -334,12 +327,7 @@ async def test_what_was_checked_is_what_is_used(tmp_path: Path) -> None:
             client = await trio.open_unix_socket(agent.stream)
             await client.send_all(ASK + line())
             await trio.sleep(0.3)
-            agent.send(signal.SIGHUP)
-            tasks = Path(f"/proc/{agent.process.pid}/task")
-            for there in (True, False):  # the process that checks
-                with trio.fail_after(20):
-                    while any(one.read_text() for one in tasks.glob("*/children")) is not there:
-                        await trio.sleep(0.005)
+            await has_checked(agent)
             await trio.sleep(0.3)
             good = config.read_text()
             config.write_text("{")
@@ -385,7 +373,8 @@ async def test_the_lock_is_never_given_up(tmp_path: Path) -> None:
                         codes.append(await second.process.wait())
 
             nursery.start_soon(rivals)
-            await reloaded(agent, 3)
+            for _ in range(3):
+                await agent.reloaded()
             nursery.cancel_scope.cancel()
         assert set(codes) == {75}
 
@@ -403,7 +392,8 @@ async def test_an_answer_that_was_written_in_part_is_written_to_its_end(tmp_path
         with trio.fail_after(30):
             while (await agent.status())["books"]["rejected"] < count:
                 await trio.sleep(0.02)
-        await reloaded(agent, 2)
+        for _ in range(2):
+            await agent.reloaded()
         await client.send_all(line())
         await client.send_eof()
         told: list[bytes] = []
@@ -424,12 +414,7 @@ async def test_a_reload_that_comes_too_late_is_for_the_next_agent(tmp_path: Path
                 client.sendall(line())
             await agent.until(accepted=1)
             await trio.sleep(0.3)
-            agent.send(signal.SIGHUP)
-            tasks = Path(f"/proc/{agent.process.pid}/task")
-            for there in (True, False):  # the process that checks
-                with trio.fail_after(20):
-                    while any(one.read_text() for one in tasks.glob("*/children")) is not there:
-                        await trio.sleep(0.005)
+            await has_checked(agent)
             await trio.sleep(0.3)
             more = f'[[source]]\nkind = "unix_stream"\nname = "new"\npath = "{tmp_path}/new"\n'
             config.write_text(config.read_text() + more)
@@ -475,7 +460,7 @@ async def test_a_configuration_without_an_end_stops_nothing(tmp_path: Path, endl
                         await trio.sleep(0.01)
             else:
                 config.symlink_to(endless)
-                assert "File too large" in (await reloaded(agent))["reload"]["error"]
+                assert "File too large" in (await agent.reloaded())["reload"]["error"]
             agent.send(signal.SIGTERM)
             with trio.fail_after(8):
                 assert await agent.process.wait() == 0
@@ -491,10 +476,10 @@ async def test_a_version_that_cannot_run_replaces_nothing(tmp_path: Path, part: 
         async with running(config, ["env", "-C", str(program)]) as agent:
             whole = (program / "agent" / part).read_text()
             (program / "agent" / part).write_text(whole + "import nothing_of_that_name\n")
-            status = await reloaded(agent)
+            status = await agent.reloaded()
             assert "cannot run: No module named 'nothing_of_that_name'" in status["reload"]["error"]
             (program / "agent" / part).write_text(whole)
-            assert (await reloaded(agent))["reload"]["error"] is None
+            assert (await agent.reloaded())["reload"]["error"] is None
 
 
 async def test_in_a_terminal_hanging_up_is_a_stop(tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ async def test_no_event_is_lost(tmp_path: Path, times: int, per_second: int) -> 
                             client.start()
                     await trio.sleep(0.5)
                     if number < times:
-                        await _reload(agent)
+                        await agent.reloaded()
                         await trio.sleep(0.5)
                 for client in clients:
                     client.over.set()
@@ -199,16 +199,3 @@ async def test_no_event_is_lost(tmp_path: Path, times: int, per_second: int) -> 
                 assert rejected[0].keys() <= {"truncated"}
                 assert rejected[1:3] == [{}, {}]
                 assert sum(source["dropped"] or 0 for source in status["sources"]) == 0
-
-
-async def _reload(agent: Running) -> None:
-    before = (await agent.status())["reload"]
-    agent.send(signal.SIGHUP)
-    with trio.fail_after(30):
-        while True:
-            await trio.sleep(0.05)
-            try:
-                if (await agent.status())["reload"] != before:
-                    return
-            except httpx.TransportError:
-                continue

@@ -13,7 +13,6 @@ from contextlib import AsyncExitStack
 from itertools import cycle
 from pathlib import Path
 
-import httpx
 import pytest
 import trio
 from enduring import KIB, MIB, Told, Watch, descriptors, free_port, percentile, size, slope, told
@@ -82,7 +81,7 @@ class Ordeal:
         began, agent = time.monotonic() - 0.1, self.agent
         self.blows[blow] += 1
         if blow == "reload":
-            await reloaded(agent)
+            await agent.reloaded(60)
         else:
             agent.send(signal.SIGKILL if blow == "kill" else signal.SIGTERM)
             self._watch.agent = None
@@ -91,20 +90,6 @@ class Ordeal:
             await self.start()
         self._watch.life += 1
         self._watch.disturbed.append((began, time.monotonic() + 1))
-
-
-async def reloaded(agent: Running) -> None:
-    """SIGHUP, and wait until the new one answers."""
-    before = (await agent.status())["reload"]
-    agent.send(signal.SIGHUP)
-    with trio.fail_after(60):
-        while True:
-            await trio.sleep(0.05)
-            try:
-                if (await agent.status())["reload"] != before:
-                    return
-            except httpx.TransportError:
-                continue
 
 
 def sockets(unit: Supervisor, folder: Path) -> dict[str, object]:

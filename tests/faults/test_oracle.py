@@ -10,7 +10,7 @@ from random import Random
 import httpx
 import pytest
 import trio
-from oracle import PATIENCE, Trial
+from oracle import PATIENCE, Judgement, Trial
 from processes import Running
 
 from agent.buffer.file import PAGE_BYTES
@@ -134,6 +134,17 @@ async def outage(trial: Trial, *, stop: bool) -> None:
     trial.sink.away = False
 
 
+async def crash_at_the_start(trial: Trial, point: str, change: Callable[[Path], None]) -> Judgement:
+    """Stop, change the database, and crash while it is opened: the next life goes on with it."""
+    async with trial.serving():
+        await outage(trial, stop=True)
+        change(trial.database)
+        await crash(trial, point)
+        async with trial.sending(), trial.living() as agent:
+            await trial.until_promised(agent)
+        return await trial.end()
+
+
 def make_old(database: Path) -> None:
     """What the first version would have written."""
     with sqlite3.connect(database) as old:
@@ -204,13 +215,7 @@ async def test_a_crash_while_an_old_file_is_brought_forward(
 ) -> None:
     """The next start goes on with it, and delivers what was in it."""
     trial = Trial(tmp_path, Random(point))
-    async with trial.serving():
-        await outage(trial, stop=True)
-        make_old(trial.database)
-        await crash(trial, point)
-        async with trial.sending(), trial.living() as agent:
-            await trial.until_promised(agent)
-        record_property("told", await trial.end())
+    record_property("told", await crash_at_the_start(trial, point, make_old))
 
 
 @pytest.mark.slow
@@ -220,13 +225,7 @@ async def test_a_crash_while_a_damaged_file_is_rescued(
 ) -> None:
     """The next start goes on with it; what can be read of the file is all that was in it."""
     trial = Trial(tmp_path, Random(point), buffer='max_size = "16 MiB"', pad=5000)
-    async with trial.serving():
-        await outage(trial, stop=True)
-        damage(trial.database)
-        await crash(trial, point)
-        async with trial.sending(), trial.living() as agent:
-            await trial.until_promised(agent)
-        record_property("told", await trial.end())
+    record_property("told", await crash_at_the_start(trial, point, damage))
 
 
 @pytest.mark.slow
