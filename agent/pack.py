@@ -7,7 +7,7 @@ the same ratio; where it has no wheel, zlib does the same work.
 
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 try:
@@ -44,11 +44,35 @@ class Packed(Protocol):
 
 def deflate(data: bytes) -> bytes:
     """Raw deflate of `data`, ended by a full flush."""
+    packer, flush = _packer()
+    return packer.compress(data) + packer.flush(flush)
+
+
+def deflate_all(datas: Iterable[bytes], between: bytes) -> tuple[bytes, int, int]:
+    """Raw deflate of all, with `between` between them: the bytes, their size and CRC-32 before.
+
+    None is held for longer than it takes.
+    """
+    packer, flush = _packer()
+    packed, size, crc = [], 0, 0
+    for data in datas:
+        for part in (between, data) if size else (data,):
+            packed.append(packer.compress(part))
+            size, crc = size + len(part), crc32(part, crc)
+    packed.append(packer.flush(flush))
+    return b"".join(packed), size, crc
+
+
+class _Packer(Protocol):
+    def compress(self, data: bytes, /) -> bytes: ...
+    def flush(self, mode: int, /) -> bytes: ...
+
+
+def _packer() -> tuple[_Packer, int]:
+    """What deflates, and how it is flushed in full."""
     if fast is not None:
-        packer = fast.compressobj(LEVEL, fast.DEFLATED, RAW)
-        return packer.compress(data) + packer.flush(fast.Z_FULL_FLUSH)
-    slow = zlib.compressobj(LEVEL, zlib.DEFLATED, RAW)
-    return slow.compress(data) + slow.flush(zlib.Z_FULL_FLUSH)
+        return fast.compressobj(LEVEL, fast.DEFLATED, RAW), fast.Z_FULL_FLUSH
+    return zlib.compressobj(LEVEL, zlib.DEFLATED, RAW), zlib.Z_FULL_FLUSH
 
 
 def crc32(data: bytes, before: int = 0) -> int:

@@ -137,13 +137,16 @@ async def test_what_was_put_is_taken_in_order(opened: Opener) -> None:
 
 
 async def test_a_lease_keeps_its_limits(opened: Opener) -> None:
-    """Neither more events nor more bytes than asked for, but always one chunk."""
+    """Neither more events nor more bytes, packed or not, than asked for, but always one chunk."""
     async with opened() as buffer:
-        await put(buffer, *[chunk(number) for number in range(6)])
+        await put(buffer, *(chunks := [chunk(number) for number in range(9)]))
+        packed = len(chunks[4].packed)
         assert crcs(await take(buffer, Limits(25, 2**40))) == [0, 1]
         assert crcs(await take(buffer, Limits(100, 100))) == [2]
         assert crcs(await take(buffer, Limits(1, 1))) == [3]
-        assert crcs(await take(buffer)) == [4, 5]
+        assert crcs(await take(buffer, Limits(100, 2**40, 2 * packed))) == [4, 5]
+        assert crcs(await take(buffer, Limits(100, 2**40, 1))) == [6]
+        assert crcs(await take(buffer)) == [7, 8]
         assert await buffer.take(ALL, "default") is None
 
 

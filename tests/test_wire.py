@@ -1,5 +1,6 @@
 """`agent.deliver.wire`: a body that PostHog reads, byte for byte what was stored."""
 
+import base64
 import gzip
 import json
 import random
@@ -100,6 +101,32 @@ def test_many_small_chunks_are_one_stream() -> None:
     assert batch(*pieces).size > wire.TIGHT_SIZE
     body = built(batch(*pieces))
     assert len(json.loads(gzip.decompress(body))["batch"]) == 600
+
+
+def noise(size: int, rng: random.Random) -> bytes:
+    """An event that hardly packs."""
+    return b'{"n":"%b"}' % base64.b64encode(rng.randbytes(size * 3 // 4))
+
+
+def test_few_events_that_fill_a_chunk_travel_unopened() -> None:
+    """What deflate cannot look back to from the next chunk is not unpacked for that."""
+    rng = random.Random(3)
+    pieces = [chunk(*(noise(20_000, rng) for _ in range(30))) for _ in range(2)]
+    body = wire.joined(b"[", batch(*pieces), "gzip")
+    assert isinstance(body, tuple)
+    assert [one for one in body if any(one is piece.packed for piece in pieces)] == [
+        piece.packed for piece in pieces
+    ]
+
+
+def test_what_does_not_pack_is_not_held_twice() -> None:
+    """Where packing small chunks anew gains nothing they go as they are; the body is as whole."""
+    rng = random.Random(4)
+    pieces = [chunk(*(noise(8_000, rng) for _ in range(55))) for _ in range(3)]
+    body = wire.joined(b"[", batch(*pieces), "gzip")
+    assert isinstance(body, tuple)
+    assert sum(any(one is piece.packed for piece in pieces) for one in body) == 3
+    assert len(json.loads(gzip.decompress(b"".join(body))[:-1])) == 165
 
 
 @pytest.mark.parametrize("count", [50, 500, 1000])

@@ -7,6 +7,7 @@ acknowledged. When `settle` has returned, it no longer does. Everything between 
 from collections import Counter
 from collections.abc import AsyncIterator, Container, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from sys import maxsize
 from typing import IO, Literal, NamedTuple, Protocol
 
 import msgspec
@@ -53,10 +54,11 @@ Books = Counter[Entry]
 
 
 class Limits(NamedTuple):
-    """How much one lease may hold; the first chunk is always given."""
+    """How much one lease may hold: events, their bytes, those packed; the first chunk is always given."""
 
     events: int
     size: int
+    packed: int = maxsize
 
 
 class DeadEvent(msgspec.Struct, frozen=True, kw_only=True):

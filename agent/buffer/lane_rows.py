@@ -8,16 +8,16 @@ from agent.buffer.file import Damage
 from agent.buffer.lanes import Lane, Queue, Stranger
 
 # Cast, as a damaged row holds anything; whether it is one is looked at when it is read whole.
-SIZE_BY_ID = """SELECT id, ifnull(CAST(events AS INTEGER), 0), ifnull(CAST(size AS INTEGER), 0) FROM chunk
-    WHERE id = ?"""
-SIZES_BEYOND_CURSOR = """SELECT id, ifnull(CAST(events AS INTEGER), 0), ifnull(CAST(size AS INTEGER), 0)
-    FROM chunk WHERE project = ? AND key IS ? AND id > ? ORDER BY id LIMIT ?"""
+SIZES = """SELECT id, ifnull(CAST(events AS INTEGER), 0), ifnull(CAST(size AS INTEGER), 0),
+    ifnull(length(packed), 0) FROM chunk"""
+SIZE_BY_ID = f"{SIZES} WHERE id = ?"
+SIZES_BEYOND_CURSOR = f"{SIZES} WHERE project = ? AND key IS ? AND id > ? ORDER BY id LIMIT ?"
 NEXT_KEY = "SELECT key FROM chunk WHERE project = ? AND key > ? ORDER BY key LIMIT 1"
 COUNT_LANE = "SELECT count(*), max(id), sum(events) FROM chunk WHERE project = ? AND key = ?"
 
 
 class LaneRows:
-    """The table `chunk`, looked at by project and key; an index holds all that is asked here."""
+    """The table `chunk`, looked at by project and key; an index finds all that is asked here."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._run = connection.execute
@@ -27,18 +27,18 @@ class LaneRows:
         """The chunks that are next, at least one, and whose they are."""
         for lane, queue in turns:
             ids: list[int] = []
-            events = size = 0
-            for ident, more_events, more_size in self._candidates(lane, queue, limits.events):
-                events, size = events + more_events, size + more_size
-                if ids and (events > limits.events or size > limits.size):
+            events = size = packed = 0
+            for ident, more_events, more_size, more_packed in self._candidates(lane, queue, limits.events):
+                events, size, packed = events + more_events, size + more_size, packed + more_packed
+                if ids and (events > limits.events or size > limits.size or packed > limits.packed):
                     break
                 ids.append(ident)
             if ids:
                 return lane, ids
         return None
 
-    def _candidates(self, lane: Lane, queue: Queue, most: int) -> Iterator[tuple[int, int, int]]:
-        """The lane's chunks that may be leased, those that came back first: id, events, size."""
+    def _candidates(self, lane: Lane, queue: Queue, most: int) -> Iterator[tuple[int, int, int, int]]:
+        """The lane's chunks that may be leased, those that came back first: id, events, size, packed."""
         none = True
         for ident in queue.offer(most):
             none = False
@@ -49,8 +49,8 @@ class LaneRows:
         for ident in queue.offer_all(most) if none else ():
             yield self._size(ident)
 
-    def _size(self, ident: int) -> tuple[int, int, int]:
-        row: tuple[int, int, int] | None = self._run(SIZE_BY_ID, (ident,)).fetchone()
+    def _size(self, ident: int) -> tuple[int, int, int, int]:
+        row: tuple[int, int, int, int] | None = self._run(SIZE_BY_ID, (ident,)).fetchone()
         if row is None:
             raise Damage("a chunk is not in its table any more")
         return row

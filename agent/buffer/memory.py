@@ -174,12 +174,13 @@ class MemoryBuffer:
         return None
 
     def _fit(self, ids: Iterable[int], limits: Limits) -> list[int]:
-        events = size = 0
+        events = size = packed = 0
         fitting: list[int] = []
         for ident in ids:
             events += self._chunks[ident].events
             size += self._chunks[ident].size
-            if fitting and (events > limits.events or size > limits.size):
+            packed += len(self._chunks[ident].packed)
+            if fitting and (events > limits.events or size > limits.size or packed > limits.packed):
                 break
             fitting.append(ident)
         return fitting

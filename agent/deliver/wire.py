@@ -4,13 +4,14 @@ What a reply means is left to `reply`, when to send to `pace`, what becomes of t
 """
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import msgspec
 
 from agent import __version__, pack
 from agent.deliver.verdict import Batch, Damaged
+from agent.events import Chunk
 
 Compression = Literal["gzip", "none"]
 
@@ -21,10 +22,15 @@ PATH = "/batch/"
 # 50 to 1000 events of 300 bytes come to 4.8 times gzip's bytes in chunks of 1 event, to 2.1 in chunks of 5,
 # to 1.25 in chunks of 32, and to at most 1.17 in chunks of 64; the agent is to stay under 1.2.
 FEW_EVENTS = 64
+# Or of few, but of so many bytes (half of the largest chunk): deflate looks back 32 KiB, a sixteenth of them.
+FEW_BYTES = 512 * 1024
 # Up to here zlib's level 6 repacks a batch (4 µs an event, 8 % smaller); beyond, there are so many small
 # chunks that the host is busy after all, and isal's level 1 (0.4 µs) is what it can afford.
 TIGHT_SIZE = 128 * 1024
 TIGHT_LEVEL = 6
+# What is packed anew lies in memory beside the chunks for as long as the request takes. It must be smaller by
+# a twentieth, else they go as they are: noise would take twice its bytes, and gain nothing.
+WORTHWHILE = 0.95
 
 
 def body(
@@ -40,25 +46,43 @@ def body(
 def joined(head: bytes, batch: Batch, compression: Compression) -> tuple[bytes, ...] | Damaged:
     """The head of a body and the batch's events, in pieces; packed, it is one gzip member.
 
-    Chunks are laid end to end unopened, unless they hold few events each. `Damaged` can therefore only
+    Chunks are laid end to end unopened, unless they hold few and small events. `Damaged` can therefore only
     come of small chunks or of `compression = "none"`; another broken chunk shows when PostHog refuses it
     and the shipment opens it.
     """
     tail = b"]}"
-    if compression == "gzip" and batch.events >= FEW_EVENTS * len(batch.pieces):
+    chunks = len(batch.pieces)
+    if compression == "gzip" and (batch.events >= FEW_EVENTS * chunks or batch.size >= FEW_BYTES * chunks):
         return pack.member(head, batch.pieces, tail)
-    opened = []
-    for piece in batch.pieces:
+    try:
+        if compression == "none":
+            return (b"".join((head, b",".join(_opened(batch.pieces)), tail)),)
+        if batch.size <= TIGHT_SIZE:
+            data = b"".join((head, b",".join(_opened(batch.pieces)), tail))
+            return (zlib.compress(data, TIGHT_LEVEL, wbits=31),)  # 31: a gzip member
+        repacked = Repacked(*pack.deflate_all(_opened(batch.pieces), b","))
+    except _Broken as broken:
+        return Damaged(broken.piece, str(broken))
+    if len(repacked.packed) > WORTHWHILE * sum(len(piece.packed) for piece in batch.pieces):
+        return pack.member(head, batch.pieces, tail)
+    return pack.member(head, [repacked], tail)
+
+
+class _Broken(ValueError):
+    """A chunk that cannot be opened."""
+
+    def __init__(self, piece: Chunk, why: str) -> None:
+        super().__init__(why)
+        self.piece = piece
+
+
+def _opened(pieces: Sequence[Chunk]) -> Iterator[bytes]:
+    """One after the other, so that large ones are not all in memory. Raises `_Broken`."""
+    for piece in pieces:
         try:
-            opened.append(pack.inflate(piece.packed, piece.size, piece.crc))
+            yield pack.inflate(piece.packed, piece.size, piece.crc)
         except ValueError as error:
-            return Damaged(piece, str(error))
-    data = b",".join(opened)
-    if compression == "none":
-        return (head + data + tail,)
-    if len(data) <= TIGHT_SIZE:
-        return (zlib.compress(head + data + tail, TIGHT_LEVEL, wbits=31),)  # 31: a gzip member
-    return pack.member(head, [Repacked(pack.deflate(data), len(data), pack.crc32(data))], tail)
+            raise _Broken(piece, str(error)) from error
 
 
 class Repacked(NamedTuple):

@@ -10,12 +10,13 @@ import trio
 
 from agent import crash
 from agent.advice import AWAY, FOREIGN_KEYS, HOLDS
-from agent.buffer import Buffer, Lease, Limits, leased
+from agent.buffer import Buffer, Lease, leased
 from agent.config import Project
 from agent.deliver.courier import Attempt, Courier, Posting
 from agent.deliver.keys import Key, Keys
 from agent.deliver.pace import Hold, Pace, Pass
-from agent.deliver.shipment import CUTS, Shipment
+from agent.deliver.shipment import Shipment
+from agent.deliver.sizes import Sizes
 from agent.deliver.verdict import (
     Accepted,
     Batch,
@@ -39,8 +40,6 @@ DRAIN_PATIENCE = 0.5
 COMPANY = 4
 # A request ends by its timeout, and where v1 is not served a second one follows; a third is for a busy host.
 OVERDUE_TIMEOUTS = 3
-# How a batch size that PostHog refused is recovered: by this part of itself after each success.
-RECOVERY = 1 / 16
 
 
 class Trouble(NamedTuple):
@@ -78,9 +77,7 @@ class Delivery:
         self._draining = self._ending = False
         self._ended = 0
         self._asked: dict[Lease, float] = {}  # since when each request is under way
-        self._largest = self._settings.max_batch_size
-        self._recovery = RECOVERY
-        self._cut_size: int | None = None
+        self._sizes = Sizes(project)
         self._state = ""
         self._clients_state = ""
 
@@ -117,27 +114,34 @@ class Delivery:
         self._look_again()
 
     async def _work(self) -> None:
-        while (turn := await self._next_lease()) is not None:
-            lease, probe = turn
-            async with leased(self._buffer, lease):
-                shipment = Shipment(
-                    lease.chunks,
-                    self._most_events(lease.key),
-                    self._largest,
-                    self._settings.protocol,
-                    cuts=1 if self._cut_size and self._recovery == RECOVERY else CUTS,
-                )
-                try:
-                    await self._ship(shipment, lease, probe=probe)
-                finally:
-                    shipment.stop()
-                    if shipment.progressed:  # while that cannot be written, nothing more is sent
-                        await self._settle(lease, shipment)
-            if probe:
-                self.keys.done(lease.key)
-                self._look_again()
-            self._learn(shipment)
+        while await self._deliver():
+            pass
         self._ended += 1
+
+    async def _deliver(self) -> bool:
+        """One lease, of which nothing stays in memory while the next is waited for; False: no more."""
+        if (turn := await self._next_lease()) is None:
+            return False
+        lease, probe = turn
+        async with leased(self._buffer, lease):
+            shipment = Shipment(
+                lease.chunks,
+                self._most_events(lease.key),
+                self._sizes.largest,
+                self._settings.protocol,
+                cuts=self._sizes.cuts,
+            )
+            try:
+                await self._ship(shipment, lease, probe=probe)
+            finally:
+                shipment.stop()
+                if shipment.progressed:  # while that cannot be written, nothing more is sent
+                    await self._settle(lease, shipment)
+        if probe:
+            self.keys.done(lease.key)
+            self._look_again()
+        self._sizes.learn(shipment)
+        return True
 
     async def _next_lease(self) -> tuple[Lease, bool] | None:
         """The next chunks, once there are some and the pace allows a request; None: the draining is over.
@@ -150,7 +154,8 @@ class Delivery:
                 if not await self._may_ask() or self._ending:
                     return None
                 now = trio.current_time()
-                lease = await self._buffer.take(self._limits(now), self.project.name, self.keys.closed(now))
+                limits = self._sizes.limits(COMPANY if self.keys.need_company(now) else 1)
+                lease = await self._buffer.take(limits, self.project.name, self.keys.closed(now))
                 if lease is not None:
                     return lease, self.keys.ask(lease.key, now)
                 if self._draining:
@@ -173,10 +178,6 @@ class Delivery:
         """Other keys are closed than a while ago, or it is no time to wait."""
         if self._idle is not None:
             self._idle.cancel()
-
-    def _limits(self, now: float) -> Limits:
-        company = COMPANY if self.keys.need_company(now) else 1
-        return Limits(self._settings.max_batch_events * company, self._largest * company)
 
     def _most_events(self, key: Key) -> int:
         """Smaller batches each time that no witness was found: where much is poison, only few pass."""
@@ -220,22 +221,6 @@ class Delivery:
         crash.point("settle.done")
         for chunk in _delivered(lease.chunks, (*rest, *shipment.damaged)):
             self._metrics.accept_to_delivered_seconds.observe(max(0, now - chunk.received_at) / 1_000_000)
-
-    def _learn(self, shipment: Shipment) -> None:
-        """What one shipment teaches the next."""
-        if self._cut_size is not None and shipment.largest_accepted >= self._cut_size:
-            self._cut_size = None  # it was an outage, and not the size
-        if (size := shipment.split_size or shipment.cut_size) is not None:
-            self._largest = max(1, size // 2)
-            self._recovery = RECOVERY
-            if shipment.split_size is None:
-                # Connections may have ended for any reason: the first time the size is soon tried again.
-                self._recovery = RECOVERY if self._cut_size else 1.0
-                self._cut_size = size
-            log.info("PostHog takes smaller batches only", project=self.project.name, bytes=self._largest)
-        elif shipment.accepted and self._largest < self._settings.max_batch_size:
-            grown = self._largest + max(1, int(self._largest * self._recovery))
-            self._largest = min(grown, self._settings.max_batch_size)
 
     # --- the pace ----------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Container, Iterable, Mapping
 from copy import copy
 from functools import lru_cache
+from operator import le
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -143,8 +144,8 @@ class Ledger:
         assert lease.project == project
         assert lease.key not in without
         assert {(one.project, one.key) for one in lease.chunks} == {(lease.project, lease.key)}
-        events, size = sum(one.events for one in lease.chunks), sum(one.size for one in lease.chunks)
-        assert len(lease.chunks) == 1 or (events <= limits.events and size <= limits.size)
+        sums = map(sum, zip(*((one.events, one.size, len(one.packed)) for one in lease.chunks), strict=True))
+        assert len(lease.chunks) == 1 or all(map(le, sums, limits))
         for ident, one in zip(lease.ids, lease.chunks, strict=True):
             assert self.rows[ident] == one
             self._move(self.numbers(one), "waiting", "leased")

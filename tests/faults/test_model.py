@@ -25,7 +25,8 @@ CHUNKS = st.lists(
     st.tuples(st.integers(0, len(LANES) - 1), st.integers(1, 4), st.booleans()), min_size=1, max_size=3
 )
 FATES = st.lists(st.sampled_from(["delivered", "dead", "kept", "split", "damaged"]), min_size=1, max_size=4)
-LIMITS = st.builds(Limits, st.integers(1, 12), st.sampled_from([1, 20_000, 2**40]))
+SIZES = st.sampled_from([1, 20_000, 2**40])
+LIMITS = st.builds(Limits, st.integers(1, 12), SIZES, SIZES)
 WITHOUT = st.sampled_from([NOBODY, frozenset({"a"}), frozenset({None}), frozenset({None, "b"})])
 WHICH = st.integers(0, 5)
 SELDOM = st.sampled_from([False, False, False, True])
