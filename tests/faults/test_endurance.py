@@ -31,7 +31,7 @@ BLOWS = ("reload", "kill", "restart")
 JUDGED_SECONDS = 300.0
 # The README's figure for memory, flooded, is 86 MiB; http adds its bodies.
 MOST_MEMORY = 110 * MIB
-# Lives of four minutes rise by up to 6 KiB/s while their heaps settle; a leak of a byte an event is 20.
+# A leak of a byte an event is 20 KiB/s.
 MOST_SLOPE = 8 * KIB
 # The last part's p99 may be so many times the first part's, and so much more: the machine has other guests.
 MOST_TIMES, MOST_MORE = 3.0, 0.05
