@@ -52,6 +52,7 @@ POINTS: Mapping[str, str] = {
     "start.opened": "agent.buffer.store",
     "reserve.named": "agent.buffer.reserve",
     "migrate.added": "agent.buffer.schema",
+    "migrate.sized": "agent.buffer.schema",
     "migrate.applied": "agent.buffer.schema",
     "migrate.numbered": "agent.buffer.file",
     "log.hidden": "agent.buffer.file",

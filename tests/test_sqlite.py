@@ -18,11 +18,12 @@ import trio
 import trio.testing
 from processes import ENVIRONMENT
 from sqlite_utils import Database
-from test_buffer_contract import ALL, FULL, LARGE, assert_balanced, chunk, fill, put, take, total
+from test_buffer_contract import ALL, FULL, LARGE, assert_balanced, chunk, dead, fill, put, take, total
 
 from agent import AgentError, config
 from agent.buffer import BufferBroken, BufferBusy, Entry, Limits
 from agent.buffer.file import APPLICATION_ID
+from agent.buffer.letters import COUNT
 from agent.buffer.schema import first_tables
 from agent.buffer.sqlite import SqliteBuffer, open_sqlite
 from agent.events import GIVEN, LONG
@@ -85,6 +86,24 @@ async def test_an_older_file_is_brought_forward(tmp_path: Path) -> None:
         (letter,) = await buffer.letters(0, 10)
         assert (letter.id, letter.at, letter.attempts, letter.marks) == (3, 5, 2, GIVEN | LONG)
         assert_balanced(buffer)
+
+
+async def test_dead_letters_are_counted_by_an_index(tmp_path: Path) -> None:
+    """A start does not read them, of which there may be a million; those of older versions are in the sum."""
+    path = tmp_path / "b.db"
+    async with opened(path) as buffer:
+        await put(buffer, chunk(1))
+        lease = await take(buffer)
+        await buffer.settle(lease, [dead(event=b'{"n":%d}' % number) for number in range(10)])
+    with sqlite3.connect(path) as database:
+        plan = [row[3] for row in database.execute(f"EXPLAIN QUERY PLAN {COUNT}")]
+        assert "SCAN dead" in plan[0]
+        assert "COVERING INDEX" in plan[0]
+        counted = database.execute(COUNT).fetchone()
+        assert counted == (10, 10 * len(b'{"n":1}'), 10)
+        database.execute("UPDATE dead SET size = NULL WHERE id < 5")
+        assert database.execute(COUNT).fetchone() == counted
+    database.close()
 
 
 async def test_what_was_dropped_is_not_booked_again_after_a_restart(tmp_path: Path) -> None:

@@ -15,9 +15,12 @@ from agent.buffer import BufferBroken, BufferBusy, evidence
 
 # "PHca" in ASCII: tells our databases from every other program's (SQLite's application_id).
 APPLICATION_ID = 0x50486361
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 # What `schema` applies, by the record that sqlite-utils keeps: what else is there, a newer agent did.
-MIGRATIONS = {"first_tables", "what_an_event_went_through", "what_sockets_dropped", "how_a_chunk_was"}
+MIGRATIONS = {
+    "first_tables", "what_an_event_went_through", "what_sockets_dropped", "how_a_chunk_was",
+    "how_large_a_dead_event_is",
+}  # fmt: skip
 TABLES = {"chunk", "dead", "books", "_sqlite_migrations"}
 
 # Packed chunks are tens of KB; measured, 16 KiB pages cost a quarter less than 4 KiB ones.

@@ -11,9 +11,13 @@ from agent.buffer.rows import Change, read_burials, told_burials
 from agent.events import label_of
 
 INSERT = """INSERT INTO dead
-    (id, project, key, event, reason, detail, at, received_at, boot, monotonic, marks, attempts, burials)
-    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
-COUNT = "SELECT count(*), ifnull(sum(length(event)), 0), ifnull(max(id), 0) FROM dead"
+    (id, project, key, event, reason, detail, at, received_at, boot, monotonic, marks, attempts, burials,
+    size)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+# From an index; those of versions before 5 have no size in it.
+COUNT = """SELECT count(*), ifnull(sum(size), 0)
+    + (SELECT ifnull(sum(length(event)), 0) FROM dead WHERE size IS NULL),
+    ifnull((SELECT max(id) FROM dead), 0) FROM dead"""
 OLDEST = "SELECT id, ifnull(length(event), 0) FROM dead ORDER BY id LIMIT 1"
 SELECT = """SELECT id, project, key, CAST(event AS BLOB), reason, detail, at, received_at, boot,
     monotonic, marks, attempts, burials FROM dead"""
@@ -29,9 +33,13 @@ class Letters:
     """The table `dead`; what is done to it is counted in a `Change`, which `apply` shows once committed."""
 
     def __init__(self, connection: sqlite3.Connection, max_size: int) -> None:
+        """Count them. Raises `Damage` where the index holds no sizes."""
         self._connection = connection
         self._most_bytes = max_size // DEAD_SHARE
-        self.count, self._bytes, self.newest = connection.execute(COUNT).fetchone()
+        numbers = connection.execute(COUNT).fetchone()
+        if not all(isinstance(number, int) and number >= 0 for number in numbers):
+            raise Damage("the index of the dead letters is not what was written")
+        self.count, self._bytes, self.newest = numbers
 
     def apply(self, change: Change) -> None:
         """Show what was committed."""
@@ -45,7 +53,9 @@ class Letters:
         change.dead_letters += 1
         change.dead_bytes += len(dead.event)
         while self._bytes + change.dead_bytes > self._most_bytes:
-            ident, size = self._connection.execute(OLDEST).fetchone()
+            if (oldest := self._connection.execute(OLDEST).fetchone()) is None:
+                raise Damage("the dead letters are not as large as their index says")
+            ident, size = oldest
             self._forget(ident, size, change)
             change.books[Entry("dead_evicted", "", "")] += 1
 
@@ -79,7 +89,7 @@ def row_of_letter(dead: DeadEvent) -> tuple[object, ...]:
     """What `INSERT` is given after the id."""
     return (
         dead.project, dead.key, dead.event, dead.reason, dead.detail, dead.at, dead.received_at, dead.boot,
-        dead.monotonic, dead.marks, dead.attempts, told_burials(dead.burials),
+        dead.monotonic, dead.marks, dead.attempts, told_burials(dead.burials), len(dead.event),
     )  # fmt: skip
 
 

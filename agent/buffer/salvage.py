@@ -24,7 +24,7 @@ MOST = 2**53
 
 # What the columns hold that were added later, in a row from before (`schema`).
 CHUNK_LATER, CHUNK_FIRST = (3, None, None), 11
-LETTER_LATER, LETTER_FIRST = (3, None, "", 0), 9
+LETTER_LATER, LETTER_FIRST = (3, None, "", 0, None), 9
 
 SEAL_BY_ID = "SELECT seal FROM chunk WHERE id = ?"
 KEEP_LETTER = INSERT_LETTER.replace("INSERT", "INSERT OR IGNORE", 1)
@@ -65,7 +65,7 @@ def letter_in(row: Row) -> DeadEvent | None:
 
 _LETTER = (
     "project", "key", "reason", "detail", "at", "received_at", "attempts", "event", "marks", "burials",
-    "boot", "monotonic",
+    "boot", "monotonic", "size",
 )  # fmt: skip
 
 

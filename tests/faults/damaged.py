@@ -202,23 +202,24 @@ def pages_of(path: Path) -> dict[str, int]:
     for sheet in pages.sheets():
         for row in sheet.rows:
             shape = "row" if row.id is not None else "index"
-            match shape, len(row.values), len(row.pages):
-                case "row", 14, 1:
+            match shape, row.values, len(row.pages):
+                case "row", (_, _, _, int(), *more), 1 if len(more) == 10:
                     kinds["chunks"] = sheet.page
-                case "row", 14, length if length > 3:
+                case "row", (_, _, _, int(), *more), length if len(more) == 10 and length > 3:
                     kinds.setdefault("large-chunks", sheet.page)
                     kinds.setdefault("overflow-first", row.pages[1])
                     kinds.setdefault("overflow-last", row.pages[-1])
-                case "row", 13, length:
+                case "row", (_, _, _, str(), *more), length if len(more) == 10:
                     kinds["dead"] = sheet.page
                     if length > 1:
                         kinds["dead-overflow"] = row.pages[1]
-                case "index", 6, 1 if sheet.page != roots["chunk_lane"]:
+                case "index", (_, _, _, _, _, _), 1 if sheet.page != roots["chunk_lane"]:
                     kinds["lane"] = sheet.page
     pages.close()
     named = {
         "chunk": "chunk-root",
         "chunk_lane": "lane-root",
+        "dead_size": "sizes",
         "books": "books",
         "clock": "clock",
         "drops": "drops",

@@ -155,6 +155,8 @@ def make_old(database: Path) -> None:
             for column in columns:
                 old.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
         old.execute("DROP TABLE clock")
+        old.execute("DROP INDEX dead_size")
+        old.execute("ALTER TABLE dead DROP COLUMN size")
         old.execute("DROP TABLE drops")
         old.execute("DELETE FROM _sqlite_migrations WHERE name != 'first_tables'")
         old.execute("PRAGMA user_version = 1")
