@@ -161,7 +161,7 @@ async def flood(life: Life) -> None:
 
 
 async def harm(life: Life) -> None:
-    """Its index is destroyed, and no event with it: a start carries all over; it works, and is killed."""
+    """Its index is destroyed, and no event with it."""
     async with life.open():
         for _ in range(6):
             await life.put(5, 40, 4000)
@@ -172,6 +172,10 @@ async def harm(life: Life) -> None:
     os.pwrite(descriptor, bytes(PAGE_BYTES), (page - 1) * PAGE_BYTES)
     os.fsync(descriptor)
     os.close(descriptor)
+
+
+async def mending(life: Life) -> None:
+    """A start carries all over; it works, and is killed."""
     async with life.open():
         await life.put(2, 10, 100)
         await life.settle(3, buried=1)
@@ -256,10 +260,11 @@ STORIES: dict[str, tuple[Callable[[Life], Awaitable[None]], ...]] = {
     "start": (start,),
     "life": (birth, days),
     "flood": (flood,),
-    "rescue": (harm,),
+    "rescue": (harm, mending),
     "again": (again,),
     "shorter": (shorter,),
     "refusal": (refusal,) * 5,
+    "refused rescue": (harm, *(refusal,) * 4),
 }
 
 
@@ -273,6 +278,7 @@ if __name__ == "__main__":
             clock = MockClock(autojump_threshold=0) if part is refusal else None
             life = Life(Path(path), Path(recording), durability, f"{part.__name__} {number} {seed}")
             trio.run(part, life, clock=clock)
+            os._exit(0)
         _, status = os.waitpid(child, 0)
         if status:
             sys.exit(f"{part.__name__}: {status}")

@@ -4,13 +4,13 @@ Stories in which syncs of log and database fail are recorded, and then killed or
 form (`-m slow`) has many of them.
 """
 
+import shutil
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from power import Cut, cuts
-from test_power import Verdict, judged, lived, told
+from test_power import Tell, Verdict, judged, lived, told
 
 
 def test_a_shorter_commit_behind_refused_ones(recorder: Path, shim: Path, folder: Path) -> None:
@@ -23,21 +23,29 @@ def test_a_shorter_commit_behind_refused_ones(recorder: Path, shim: Path, folder
 
 
 @pytest.mark.parametrize(
-    "seeds", [range(2), pytest.param(range(2, 42), marks=pytest.mark.slow)], ids=["some", "many"]
+    ("story", "seeds"),
+    [
+        pytest.param("refusal", range(2), id="life"),
+        pytest.param("refused rescue", range(1), id="rescue"),
+        pytest.param("refusal", range(2, 42), id="life, long", marks=pytest.mark.slow),
+        pytest.param("refused rescue", range(1, 13), id="rescue, long", marks=pytest.mark.slow),
+    ],
 )
 def test_syncs_that_fail(
-    recorder: Path, shim: Path, folder: Path, seeds: range, record_property: Callable[[str, object], None]
+    recorder: Path, shim: Path, folder: Path, story: str, seeds: range, record_property: Tell
 ) -> None:
     """Nothing acknowledged is lost or there twice, after a kill and a power cut; and there is no damage."""
     sums: Counter[str] = Counter()
     wrong: list[str] = []
     for seed in seeds:
         (place := folder.resolve() / str(seed)).mkdir()
-        recording = lived(recorder, place, f"refusal:{seed}", "full", shim=shim)
+        recording = lived(recorder, place, f"{story}:{seed}", "full", shim=shim)
         failed = [at for at, step in enumerate(recording) if step.kind == "E"]
         kills = [Cut(at, "journal", "all", 0) for at in (*failed[-9:], len(recording))]
-        verdict = judged(recording, sorted(kills + cuts(recording, 20)), "full")
+        evidence = story == "refused rescue"
+        verdict = judged(recording, sorted(kills + cuts(recording, 20)), "full", evidence=evidence)
         sums += verdict.sums + Counter(failures=len(failed))
         wrong += [f"story {seed}: {text}" for text in verdict.wrong]
+        shutil.rmtree(place)
     record_property("told", f"{sums['failures']} failures; {told(Verdict(sums, wrong))}")
     assert not wrong
