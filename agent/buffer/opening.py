@@ -1,5 +1,6 @@
 """Opens a buffer's database and looks at what it holds; a damaged one is rescued first."""
 
+import errno
 import sqlite3
 from collections import Counter
 from collections.abc import Iterable
@@ -9,6 +10,7 @@ from typing import NamedTuple
 
 from agent.buffer import Books, Entry, Lease
 from agent.buffer.balance import balance
+from agent.buffer.doubt import Doubt, write_anew
 from agent.buffer.evidence import log_of
 from agent.buffer.file import (
     Damage,
@@ -25,6 +27,7 @@ from agent.buffer.log import Log
 from agent.buffer.notes import Notes
 from agent.buffer.pages import HEADER_BYTES, page_bytes_of
 from agent.buffer.rescue import refuse_strangers, rescue, unfinished
+from agent.buffer.reserve import Reserve
 from agent.buffer.rows import COUNT_LANES
 from agent.buffer.torn import look_behind
 
@@ -43,6 +46,7 @@ class Found(NamedTuple):
     """An open database and what it holds."""
 
     connection: sqlite3.Connection
+    doubt: Doubt
     books: Books
     lanes: list[tuple[str, str | None, int, int, int, int]]  # as `COUNT_LANES` names them
     letters: Letters
@@ -85,14 +89,29 @@ def _opened(path: Path, *, max_size: int, full: bool) -> Found:
         refuse_strangers(path)
     if logged and not path.stat().st_size:
         raise Damage("the database is empty, and its log is not")
-    connection = connect(path, full=full, room=Room.of(max_size))
+    room = Room.of(max_size)
+    if logged:
+        _secure(path, room)
+    connection = connect(path, full=full, room=room)
     try:
+        doubt = Doubt(connection)
         if logged:
-            look_behind(connection, path, logged, full=full)
-        return _look(connection, max_size)
+            look_behind(connection, doubt, path, logged, full=full)
+        return _look(connection, doubt, max_size)
     except BaseException:
         close_beside_log(connection, path)
         raise
+
+
+def _secure(path: Path, room: Room) -> None:
+    """Have the log surely on the disk; where that takes room (btrfs) and there is none, in the reserve's."""
+    try:
+        write_anew(log_of(path))
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        Reserve(path, room.reserve).give_up()
+        write_anew(log_of(path))
 
 
 def _commits(path: Path) -> list[int]:
@@ -107,7 +126,7 @@ def _commits(path: Path) -> list[int]:
     return []
 
 
-def _look(connection: sqlite3.Connection, max_size: int) -> Found:
+def _look(connection: sqlite3.Connection, doubt: Doubt, max_size: int) -> Found:
     """Read all but the chunks themselves, which are looked at when they are taken."""
     books: Books = Counter()
     for joint, label, reason, total in connection.execute(BOOKS):
@@ -125,4 +144,4 @@ def _look(connection: sqlite3.Connection, max_size: int) -> Found:
     connection.execute(ENDS).fetchone()
     if connection.execute(NEWEST_ID).fetchone()[0] > MOST_IDS:
         raise Damage("no id is left")
-    return Found(connection, books, lanes, letters, Notes(connection))
+    return Found(connection, doubt, books, lanes, letters, Notes(connection))

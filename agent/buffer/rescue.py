@@ -18,6 +18,7 @@ import structlog
 from agent import crash
 from agent.buffer import Books, Lease
 from agent.buffer import evidence as kept
+from agent.buffer.doubt import write_anew
 from agent.buffer.file import APPLICATION_ID, Room, another_programs, connect, is_damage, make, sync_folder
 from agent.buffer.pages import HEADER_BYTES, Pages
 from agent.buffer.reserve import Reserve
@@ -138,6 +139,8 @@ def _database_of(log_file: Path) -> Path:
 
 def _begun(new: Path, room: Room) -> sqlite3.Connection:
     """The new database, made or found; one that is itself damaged is made anew."""
+    with suppress(FileNotFoundError):
+        write_anew(kept.log_of(new))
     try:
         return connect(new, full=True, room=room)
     except sqlite3.Error as error:

@@ -5,6 +5,7 @@ import sqlite3
 from contextlib import suppress
 from pathlib import Path
 
+from agent.buffer.doubt import Doubt
 from agent.buffer.file import PAGE_BYTES, Room, is_damage, is_full
 from agent.buffer.reserve import Reserve
 
@@ -22,7 +23,9 @@ def give_back(connection: sqlite3.Connection, pages: int) -> None:
         connection.execute(WRITE_BACK)
 
 
-def give_back_room(connection: sqlite3.Connection, path: Path, reserve: Reserve, room: Room) -> None:
+def give_back_room(
+    connection: sqlite3.Connection, doubt: Doubt, path: Path, reserve: Reserve, room: Room
+) -> None:
     """Let a full disk have what is free in the database, until it has the reserve and takes a commit again.
 
     The log keeps its room, and is begun anew.
@@ -33,7 +36,7 @@ def give_back_room(connection: sqlite3.Connection, path: Path, reserve: Reserve,
             return
         if not connection.execute("PRAGMA freelist_count").fetchone()[0]:
             return
-        with suppress(sqlite3.Error):
+        with suppress(sqlite3.Error), doubt.watched():
             give_back(connection, STEP_BYTES // PAGE_BYTES)
 
 

@@ -62,7 +62,7 @@ class Store:
 
     def _load(self, found: Found) -> None:
         """Count what is there. A lease dies with its process; those of this one stay out."""
-        self._connection, self.books, lanes, self.letters, self.notes = found
+        self._connection, self._doubt, self.books, lanes, self.letters, self.notes = found
         self._rows = LaneRows(self._connection)
         self.copies = Copies(self._connection, self.path)
         self.lanes = Lanes()
@@ -136,18 +136,21 @@ class Store:
     def _transaction(self) -> Iterator[Change]:
         """All that the block does is committed with the books of it, and shown; nothing, where it raises."""
         change = Change()
-        self._connection.execute("BEGIN IMMEDIATE")
-        crash.point("commit.begun")
-        try:
-            yield change
-            self._connection.executemany(ENTER, [(*entry, total) for entry, total in change.books.items()])
-            crash.point("commit.entered")
-            self._connection.execute("COMMIT")
-            crash.point("commit.written")
-        except BaseException:
-            if self._connection.in_transaction:
-                self._connection.execute("ROLLBACK")
-            raise
+        with self._doubt.watched():
+            self._connection.execute("BEGIN IMMEDIATE")
+            crash.point("commit.begun")
+            try:
+                yield change
+                self._connection.executemany(
+                    ENTER, [(*entry, total) for entry, total in change.books.items()]
+                )
+                crash.point("commit.entered")
+                self._connection.execute("COMMIT")
+                crash.point("commit.written")
+            except BaseException:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
         self._apply(change)
 
     def _apply(self, change: Change) -> None:
@@ -321,7 +324,8 @@ class Store:
     def give_back_pages(self, most: int) -> None:
         """Return up to `most` free pages to the filesystem, unless it has no room for the change itself."""
         try:
-            give_back(self._connection, most)
+            with self._doubt.watched():
+                give_back(self._connection, most)
         except sqlite3.Error:
             self.free_pages = 0  # none to give back until the next commit has looked
             return
@@ -330,7 +334,7 @@ class Store:
 
     def give_back_room(self) -> None:
         """Let a full disk have what is free in the files, until it has room for the reserve again."""
-        give_back_room(self._connection, self.path, self.reserve, self.room)
+        give_back_room(self._connection, self._doubt, self.path, self.reserve, self.room)
         self._look_around()
 
     def is_torn(self, error: sqlite3.Error) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 import structlog
 
 from agent.buffer.balance import NOBODYS
+from agent.buffer.doubt import Doubt
 from agent.buffer.evidence import log_of
 from agent.buffer.file import Damage
 from agent.buffer.log import Log
@@ -25,7 +26,9 @@ log = structlog.get_logger("buffer")
 NEWEST_CHUNK = "SELECT ifnull((SELECT seq FROM sqlite_sequence WHERE name = 'chunk'), 0)"
 
 
-def look_behind(connection: sqlite3.Connection, path: Path, logged: list[int], *, full: bool) -> None:
+def look_behind(
+    connection: sqlite3.Connection, doubt: Doubt, path: Path, logged: list[int], *, full: bool
+) -> None:
     """Raises `Damage` where sound commits come after a broken one; where not each was synced, counts them.
 
     A torn end is taken off. `logged` is behind how many frames of the log commits are.
@@ -47,8 +50,9 @@ def look_behind(connection: sqlite3.Connection, path: Path, logged: list[int], *
     lost = _lost(connection, path) if several else 0
     # SQLite would go on at the broken frame with the same salts: after another power cut the next start would
     # take what is behind it now for newer than what it wrote.
+    doubt.open = True
     with suppress(sqlite3.OperationalError):  # a full disk, which takes no commit either
-        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        doubt.settle()
     if several:
         _enter(connection, lost)
 

@@ -1,6 +1,11 @@
-"""Prints the figures of the long forms; a folder for files that are killed by the thousand."""
+"""Prints the figures of the long forms; a folder for files that are killed by the thousand.
+
+And libraries that stand between a process and its C library (`LD_PRELOAD`).
+"""
 
 import os
+import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +19,27 @@ def folder() -> Iterator[Path]:
     place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=place) as name:
         yield Path(name)
+
+
+def library(source: str, folder: Path) -> Path:
+    """One of the C files beside this one, built."""
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler: apt-get install gcc libc6-dev")
+    built, beside = (folder / source).with_suffix(".so"), Path(__file__).with_name(source)
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", str(built), str(beside), "-ldl"], check=True)
+    return built
+
+
+@pytest.fixture(scope="session")
+def recorder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library that records writes."""
+    return library("recording.c", tmp_path_factory.mktemp("recorder"))
+
+
+@pytest.fixture(scope="session")
+def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library that fails writes."""
+    return library("failing.c", tmp_path_factory.mktemp("shim"))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -1,4 +1,5 @@
-/* Fails chosen writes of the buffer's files: every call that writes is counted, from the `first` so many fail. */
+/* Fails chosen writes of the buffer's files: every call that writes or syncs, or only those that sync, is
+   counted, and from the `first` so many fail. */
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -11,18 +12,25 @@
 #include <unistd.h>
 
 static long calls, first, last;
-static int failure;
+static int failure, only_syncs;
 
 void faults_arm(long from, long count, int error) {
-    calls = 0;
+    calls = only_syncs = 0;
     first = from;
     last = from + count;
     failure = error;
 }
 
+void faults_arm_syncs(long from, long count, int error) {
+    faults_arm(from, count, error);
+    only_syncs = 1;
+}
+
 long faults_calls(void) { return calls; }
 
-static int fails(int descriptor) {
+static int fails(int descriptor, int syncs) {
+    if (only_syncs && !syncs)
+        return 0;
     char link[64], path[512];
     snprintf(link, sizeof link, "/proc/self/fd/%d", descriptor);
     ssize_t length = readlink(link, path, sizeof path - 1);
@@ -45,25 +53,25 @@ static int fails(int descriptor) {
 
 ssize_t pwrite64(int descriptor, const void *data, size_t size, off64_t at) {
     REAL(ssize_t, "pwrite64", int, const void *, size_t, off64_t);
-    return fails(descriptor) ? -1 : real(descriptor, data, size, at);
+    return fails(descriptor, 0) ? -1 : real(descriptor, data, size, at);
 }
 
 int fsync(int descriptor) {
     REAL(int, "fsync", int);
-    return fails(descriptor) ? -1 : real(descriptor);
+    return fails(descriptor, 1) ? -1 : real(descriptor);
 }
 
 int fdatasync(int descriptor) {
     REAL(int, "fdatasync", int);
-    return fails(descriptor) ? -1 : real(descriptor);
+    return fails(descriptor, 1) ? -1 : real(descriptor);
 }
 
 int ftruncate64(int descriptor, off64_t size) {
     REAL(int, "ftruncate64", int, off64_t);
-    return fails(descriptor) ? -1 : real(descriptor, size);
+    return fails(descriptor, 0) ? -1 : real(descriptor, size);
 }
 
 int posix_fallocate64(int descriptor, off64_t at, off64_t size) {
     REAL(int, "posix_fallocate64", int, off64_t, off64_t);
-    return fails(descriptor) ? failure : real(descriptor, at, size);
+    return fails(descriptor, 0) ? failure : real(descriptor, at, size);
 }

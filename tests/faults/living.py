@@ -3,12 +3,14 @@
 Every part of a story ends as a kill ends it.
 """
 
+import ctypes
+import errno
 import os
 import random
 import sqlite3
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager, closing, suppress
 from functools import partial
 from pathlib import Path
 
@@ -18,10 +20,13 @@ from damaged import chunk_of, events, events_in, uuids
 from power import mark
 from test_buffer_contract import dead, put, take, total
 from test_sqlite import opened
+from trio.testing import MockClock
 
-from agent.buffer import Limits
+from agent import config
+from agent.buffer import BufferBroken, Limits
 from agent.buffer.file import PAGE_BYTES
-from agent.buffer.sqlite import SqliteBuffer  # noqa: TC001  # no need to hide it
+from agent.buffer.sqlite import SqliteBuffer, open_sqlite
+from agent.metrics import Metrics
 from agent.pack import crc32
 
 MIB = 2**20
@@ -36,8 +41,8 @@ class Life:
     def __init__(self, path: Path, recording: Path, durability: str, part: str) -> None:
         self.path = path
         self._recording = recording
-        self._durability = durability
-        self._chance = random.Random(part)  # events of its own for each part of a story
+        self.durability = durability
+        self.chance = random.Random(part)  # events of its own for each part of a story
         self.buffer: SqliteBuffer
 
     def say(self, places: str, some: Iterable[str], known: dict[str, list[object]] | None = None) -> None:
@@ -47,13 +52,13 @@ class Life:
     @asynccontextmanager
     async def open(self, **settings: object) -> AsyncIterator[None]:
         """The buffer for a block."""
-        given = {"max_size": 16 * MIB, "durability": self._durability, **settings}
+        given = {"max_size": 16 * MIB, "durability": self.durability, **settings}
         async with opened(self.path, **given) as self.buffer:
             yield
 
     async def put(self, chunks: int, count: int, pad: int, key: str | None = None) -> list[list[str]]:
         """Put new events; their uuids by chunk."""
-        made = [chunk_of(events(self._chance, count, pad), key=key) for _ in range(chunks)]
+        made = [chunk_of(events(self.chance, count, pad), key=key) for _ in range(chunks)]
         known = {
             uuid: [crc32(event), key, one.received_at]
             for one in made
@@ -156,7 +161,7 @@ async def flood(life: Life) -> None:
 
 
 async def harm(life: Life) -> None:
-    """Its index is destroyed, and no event with it: a start carries all over; it works, and is killed."""
+    """Its index is destroyed, and no event with it."""
     async with life.open():
         for _ in range(6):
             await life.put(5, 40, 4000)
@@ -167,6 +172,10 @@ async def harm(life: Life) -> None:
     os.pwrite(descriptor, bytes(PAGE_BYTES), (page - 1) * PAGE_BYTES)
     os.fsync(descriptor)
     os.close(descriptor)
+
+
+async def mending(life: Life) -> None:
+    """A start carries all over; it works, and is killed."""
     async with life.open():
         await life.put(2, 10, 100)
         await life.settle(3, buried=1)
@@ -181,21 +190,95 @@ async def again(life: Life) -> None:
         os._exit(0)
 
 
+def failing() -> ctypes.CDLL:
+    """What fails syncs, in this process."""
+    shim = ctypes.CDLL(None)
+    shim.faults_arm_syncs.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_int)
+    return shim
+
+
+async def refusal(life: Life) -> None:
+    """Syncs fail, of log and database, for a while and again; senders give up; it is killed, or stops.
+
+    Of what was refused each size is there, so that what comes behind it is shorter or longer.
+    """
+    chance = life.chance
+    shim = failing()
+
+    def arm(often: float) -> None:
+        count = chance.choice((1, 2, 3, 9, 40)) if chance.random() < often else 0
+        shim.faults_arm_syncs(chance.randrange(3), count, chance.choice((errno.EIO, errno.ENOSPC)))
+
+    async def send(seconds: float) -> None:
+        chunks, count, pad = (
+            chance.choice((1, 1, 6)),
+            chance.choice((1, 5, 30)),
+            chance.choice((20, 500, 4000)),
+        )
+        with trio.move_on_after(seconds):
+            await life.put(chunks, count, pad)
+
+    arm(0.3)
+    settings = config.Buffer(path=str(life.path), max_size=16 * MIB, durability=life.durability)
+    with suppress(BufferBroken):  # it could not open: a service is started again
+        async with open_sqlite(settings, Metrics()) as life.buffer:
+            for _ in range(chance.randrange(4, 16)):
+                arm(0.6)
+                match chance.randrange(8):
+                    case 0 | 1 | 2:
+                        await send(0.5)
+                    case 3 | 4:
+                        await send(60)
+                    case 5 if life.buffer.stats().unleased:
+                        await life.settle(chance.randrange(1, 4), buried=1)
+                    case 6:
+                        with suppress(BufferBroken):
+                            await life.buffer.note_clock("boot", chance.randrange(100))
+                    case _:
+                        await life.give_back()
+            await life.buffer.answer()  # a write that is under way would not be in the recording
+            if chance.random() < 0.7:
+                os._exit(0)
+    os._exit(0)
+
+
+async def shorter(life: Life) -> None:
+    """Two commits are refused as no sync succeeds, then a shorter one is not; it is killed."""
+    shim = failing()
+    async with life.open():
+        await life.put(1, 5, 50)
+        shim.faults_arm_syncs(0, 10**6, errno.EIO)
+        for count in (30, 20):
+            with trio.move_on_after(0.5):
+                await life.put(1, count, 9000)
+        shim.faults_arm_syncs(0, 0, 0)
+        await life.put(1, 5, 50)
+        os._exit(0)
+
+
 STORIES: dict[str, tuple[Callable[[Life], Awaitable[None]], ...]] = {
     "start": (start,),
     "life": (birth, days),
     "flood": (flood,),
-    "rescue": (harm,),
+    "rescue": (harm, mending),
     "again": (again,),
+    "shorter": (shorter,),
+    "refusal": (refusal,) * 5,
+    "refused rescue": (harm, *(refusal,) * 4),
 }
 
 
 if __name__ == "__main__":
     _, path, recording, durability, story = sys.argv
-    for part in STORIES[story]:
+    name, _, seed = story.partition(":")
+    for number, part in enumerate(STORIES[name]):
         # Each is a process of its own, and this one has loaded what it needs.
         if not (child := os.fork()):
-            trio.run(part, Life(Path(path), Path(recording), durability, part.__name__))
+            # The agent waits a second after each failure; here that takes none.
+            clock = MockClock(autojump_threshold=0) if part is refusal else None
+            life = Life(Path(path), Path(recording), durability, f"{part.__name__} {number} {seed}")
+            trio.run(part, life, clock=clock)
+            os._exit(0)
         _, status = os.waitpid(child, 0)
         if status:
             sys.exit(f"{part.__name__}: {status}")

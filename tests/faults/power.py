@@ -18,7 +18,8 @@ HEAD = struct.Struct("=IIQQQ")
 class Step(NamedTuple):
     """One call that changed a file, its folder, or what is surely on the disk; or a mark of the process'."""
 
-    # Write, Truncate, Allocate, Punch a hole, Sync, Folder's sync, Create, Rename, Link, Unlink, Mark.
+    # Write, Truncate, Allocate, Punch a hole, Sync, E a sync that failed, Folder's sync, Create, Rename,
+    # Link, Unlink, Mark.
     kind: str
     file: int
     at: int
@@ -52,24 +53,33 @@ def steps(recording: Path) -> list[Step]:
 
 
 class File:
-    """A file: what a sync has put on the disk, and what was done to it since."""
+    """A file: what a sync has put on the disk, and what was done to it since.
+
+    What a failed sync was for may never come to the disk, though each later one succeeds: the kernel takes
+    those pages for written (fsync(2)). From the first such step on all are kept, with whether it is sure.
+    """
 
     def __init__(self, number: int, content: bytes = b"") -> None:
         self.number = number
         self.safe = bytearray(content)
+        self.doubtful: list[tuple[Step, bool]] = []
         self.since: list[Step] = []
 
-    def sync(self) -> None:
-        """All of it is on the disk."""
-        for step in self.since:
-            done(self.safe, step)
+    def sync(self, *, failed: bool = False) -> None:
+        """All of it is on the disk, or nobody knows how much of it."""
+        if self.doubtful or failed:
+            self.doubtful += [(step, not failed) for step in self.since]
+        else:
+            for step in self.since:
+                done(self.safe, step)
         self.since = []
 
     def left(self, fates: "Fates") -> bytes:
         """What a power cut leaves of it."""
         content = bytearray(self.safe)
-        for number, step in enumerate(self.since):
-            fate = fates.of(number, len(self.since))
+        told = [(step, "kept" if sure else fates.of_failed()) for step, sure in self.doubtful]
+        told += [(step, fates.of(number, len(self.since))) for number, step in enumerate(self.since)]
+        for step, fate in told:
             if fate == "kept":
                 done(content, step)
             elif fate == "torn" and step.kind == "W":
@@ -137,6 +147,12 @@ class Fates(NamedTuple):
                 return "kept" if self.chance.random() < 0.9 else "lost"
         return self.chance.choice(("kept", "kept", "lost", "torn", "long"))
 
+    def of_failed(self) -> str:
+        """Of a step for which a sync has failed."""
+        if self.plan in ("all", "none"):
+            return "kept" if self.plan == "all" else "lost"
+        return self.chance.choice(("kept", "lost", "torn"))
+
 
 PLANS = (
     "all", "none", "long", "torn", "not the last", "last torn", "not the first", "only the last", "one lost",
@@ -175,6 +191,8 @@ class Disk:
         match step.kind:
             case "W" | "T" | "A" | "P":
                 self._files[step.file].since.append(step)
+            case "E":
+                self._files[step.file].sync(failed=True)
             case "S":
                 self._files[step.file].sync()
                 if self._journal:
@@ -245,7 +263,7 @@ def cuts(recorded: list[Step], most: int) -> list[Cut]:
     one each is there.
     """
     chance = random.Random(6)
-    kinds = ("SF", "CRLUPT", "WTAPSFCRLU")
+    kinds = ("SEF", "CRLUPT", "WTAPSEFCRLU")
     places = [[at for at, step in enumerate(recorded) if step.kind in kind] for kind in kinds]
     found: list[Cut] = []
     for number in range(most):

@@ -206,7 +206,9 @@ static int synced(int descriptor, int (*real)(int)) {
     int file = named(descriptor, path, sizeof path, 0);
     if (!file && !named(descriptor, path, sizeof path, 1))
         return real(descriptor);
-    RECORDED(int, done, real(descriptor), !done, note_size(file ? 'S' : 'F', descriptor, 0, 0));
+    /* Of a folder's sync that failed nothing is known that the next does not mend. */
+    RECORDED(int, done, real(descriptor), file || !done,
+             note_size(file ? (done ? 'E' : 'S') : 'F', descriptor, 0, 0));
 }
 
 int fsync(int descriptor) {

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -130,17 +129,6 @@ async def test_a_disk_that_is_full_at_the_start(disk: Path) -> None:
         assert not nursery.cancel_scope.cancelled_caught
         assert buffer.stats().events == 10
         assert not buffer.trouble
-
-
-@pytest.fixture(scope="session")
-def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The library that fails writes."""
-    if shutil.which("cc") is None:
-        pytest.skip("no C compiler: apt-get install gcc libc6-dev")
-    library = tmp_path_factory.mktemp("shim") / "failing.so"
-    source = Path(__file__).with_name("failing.c")
-    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", str(library), str(source), "-ldl"], check=True)
-    return library
 
 
 # So many calls write in the whole story, about; the long form fails each of the first so many.

@@ -43,17 +43,6 @@ SIZE = 16 * MIB
 Tell = Callable[[str, object], None]
 
 
-@pytest.fixture(scope="session")
-def recorder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The library that records writes."""
-    if shutil.which("cc") is None:
-        pytest.skip("no C compiler: apt-get install gcc libc6-dev")
-    library = tmp_path_factory.mktemp("recorder") / "recording.so"
-    source = HERE / "recording.c"
-    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", str(library), str(source), "-ldl"], check=True)
-    return library
-
-
 @pytest.fixture
 def folder() -> Iterator[Path]:
     """One by its true name, as the recorder compares names."""
@@ -81,9 +70,18 @@ def whole(folder: Path, before: Before = NOTHING, name: str = "buffer.db") -> li
     return found
 
 
-def lived(recorder: Path, folder: Path, story: str, durability: str, before: Before = NOTHING) -> list[Step]:
-    """The recording of a story."""
+def lived(
+    recorder: Path,
+    folder: Path,
+    story: str,
+    durability: str,
+    before: Before = NOTHING,
+    shim: Path | None = None,
+) -> list[Step]:
+    """The recording of a story, in which `shim` fails what it is told to."""
     env = {**CHILDS, **recorded(recorder, folder), "PYTHONPATH": f"{CHILDS['PYTHONPATH']}:{HERE}"}
+    if shim is not None:  # behind the recorder, so that failures are recorded as such
+        env["LD_PRELOAD"] += f":{shim}"
     command = [sys.executable, str(HERE / "living.py"), str(folder / "buffer.db")]
     command += [str(folder / "recording"), durability, story]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
