@@ -154,7 +154,7 @@ class Putter:
         within = self._within(self._rates, read) if self._rates and not admitted else read
         offered = Offered(within, client, user)
         self._offers.append(offered)
-        self._room.hold(client, user, len(within.lines))
+        self._room.hold(client, user, within.lines)
         self._urgent = self._urgent or urgent
         self._some.set()
         if self._urgent or self._room.held >= ENOUGH_BYTES:
@@ -292,9 +292,9 @@ class Putter:
         else:
             _tell(gathered, decoded, shed=False)
         for part in gathered:
-            self._room.hold(part.offered.client, part.offered.user, -len(part.read.lines))
+            self._room.free(part.offered.client, part.offered.user, part.read.lines)
         self._share = max(len(decoded.rejects) / max(1, sum(decoded.lines)), self._share * FORGETTING)
-        self._room.free()
+        self._room.tell()
 
     def _remember(self, rejects: Sequence[Reject], at: Instant) -> None:
         told = None
