@@ -155,7 +155,7 @@ class UnixStream(Unix, frozen=True, kw_only=True, tag_field="kind", tag="unix_st
     """A listening Unix stream socket."""
 
     ack: bool = False
-    # Beyond it clients wait to be accepted.
+    # Beyond it clients wait to be accepted, until one leaves or has to (`agent.accept.shortage`).
     max_connections: int = 1000
 
 

@@ -3,7 +3,8 @@
 It promises: no socket is bound or unlinked here; nothing is logged but errors; a body over `max_body` is a
 413 before the app has it whole; an app may answer without reading a body; whatever a client does (never
 reads, never writes), a shutdown ends within its grace and a cancellation at once, and it does not keep others
-out: where all places are taken, who has kept the server waiting longest leaves for who comes.
+out: where all places are taken, who has kept the server waiting longest leaves for who comes, as does who
+asks on and on without waiting for answers.
 """
 
 import logging
@@ -165,18 +166,30 @@ class _Connection(TCPServer):
         super().__init__(app, config, context, ConnectionState({}), stream)
         self._unread = unread
         self._answered = answered
-        self._turn = trio.current_time()  # since when it is the client's, if it is
+        self._came = self._turn = trio.current_time()  # and since when it is the client's turn, if it is
         self._http: _Http11 | None = None
         self._reading = trio.CancelScope()
 
     @property
     def keeps_waiting(self) -> bool:
-        """Whether it is the client's turn: to ask, to send the rest of a request, or to take its answer."""
-        if trio.current_time() < self._turn + TURN_SECONDS:
+        """Whether it is the client's turn: to ask, to send the rest of a request, or to take its answer.
+
+        Who asks on and on before he is answered has had his turn: no SDK, browser or scraper does so.
+        """
+        since = self._came if self._asks_on else self._turn
+        if trio.current_time() < since + TURN_SECONDS:
             return False
+        if self._asks_on:
+            return True
         if self._blocked:
             return self._unread < inf
         return self._http is None or self._http.connection.their_state in (h11.IDLE, h11.SEND_BODY)
+
+    @property
+    def _asks_on(self) -> bool:
+        if self._http is None or self._http.connection.their_state is not h11.DONE:
+            return False
+        return bool(self._http.connection.trailing_data[0])
 
     def hang_up(self) -> None:
         """End it, whatever it does."""

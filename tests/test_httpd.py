@@ -282,6 +282,27 @@ async def test_who_never_reads_his_answer_is_left(unread: float) -> None:
             shutdown.set()
 
 
+async def test_who_asks_on_and_on_keeps_nobody_out() -> None:
+    """A client that asks before it is answered is never silent; its place is another's all the same."""
+    listener, url = loopback()
+
+    async def slow(scope: Message, receive: Receive, send: Send) -> None:
+        await trio.sleep(0.1)
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    shutdown = trio.Event()
+    with listener, socket.create_connection(listener.getsockname()) as client, trio.fail_after(20):
+        client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 1000)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(
+                partial(httpd.serve, slow, [listener], shutdown=shutdown, max_connections=1, grace=0)
+            )
+            async with httpx.AsyncClient(timeout=60) as other:
+                assert (await other.get(url)).status_code == 204
+            shutdown.set()
+
+
 async def test_a_length_that_is_told_twice_is_refused() -> None:
     """What follows such a request is never taken for another one."""
     listener, _ = loopback()

@@ -264,6 +264,47 @@ async def test_beyond_max_connections_clients_wait(tmp_path: Path) -> None:
             assert msgspec.json.decode(await second.receive_some()) == {"accepted": 1, "rejected": 0}
 
 
+async def test_who_was_silent_longest_leaves_for_who_comes(tmp_path: Path) -> None:
+    """After a second; nothing that it has sent is lost, and what it sends then fails."""
+    async with taking(stream(tmp_path, max_connections=2)) as taken:
+        address = taken.source.address
+        async with client(address) as silent, client(address) as busy, client(address) as new:
+            await silent.send_all(ASK + line(1) + b'{"event":"ha')
+            assert msgspec.json.decode(await silent.receive_some()) == {"accepted": 1, "rejected": 0}
+            await busy.send_all(ASK + line(2))
+            await busy.receive_some()
+            await new.send_all(ASK + line(3))
+            began = trio.current_time()
+            while taken.total("accepted") < 3:
+                await busy.send_all(line(4))
+                await busy.receive_some()
+                if trio.current_time() < began + 0.9:
+                    assert taken.source.connections == 2
+                    assert not taken.total("rejected")
+                await trio.sleep(0.1)
+            assert await read_lines(silent) == [
+                {"line": 2, "error": "truncated"},
+                {"accepted": 1, "rejected": 1},
+            ]
+            with pytest.raises(trio.BrokenResourceError):
+                await silent.send_all(line(5))
+            assert msgspec.json.decode(await new.receive_some()) == {"accepted": 1, "rejected": 0}
+
+
+async def test_who_is_owed_an_acknowledgement_keeps_his_place(tmp_path: Path) -> None:
+    """While the buffer is full nobody is silent by his own will."""
+    async with taking(stream(tmp_path, max_connections=1), max_size=1) as taken:
+        async with client(taken.source.address) as waiting, client(taken.source.address) as other:
+            await waiting.send_all(ASK + line(1))
+            await other.send_all(ASK + line(2))
+            with trio.move_on_after(3) as waited:
+                await waiting.receive_some()
+            assert waited.cancelled_caught
+            await waiting.send_all(line(3))
+            taken.stop.set()
+            taken.buffer.close_door()
+
+
 async def test_a_full_buffer_holds_senders_up_and_acknowledges_nothing(tmp_path: Path) -> None:
     """What is not in the buffer is not acknowledged; at the end it is counted as shed by the shutdown."""
     async with taking(stream(tmp_path), max_size=1) as taken, client(taken.source.address) as sender:

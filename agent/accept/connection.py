@@ -8,9 +8,11 @@ import msgspec
 import trio
 
 from agent import crash
-from agent.accept.handed import HandedClient, Totals
+from agent.accept.acknowledgements import Acknowledgements
+from agent.accept.handed import HandedClient
 from agent.accept.peer import Peer
-from agent.accept.putter import Offered, Outcome, Putter
+from agent.accept.putter import Offered, Putter
+from agent.accept.shortage import Shortage
 from agent.clock import Clock
 from agent.decode.ndjson import Unfinished
 from agent.events import Cut, Origin, Read, sample
@@ -19,68 +21,13 @@ from agent.events import Cut, Origin, Read, sample
 SMALL_BYTES, SMALL_PAUSE = 16 * 1024, 0.020
 # The unfinished lines of all connections of a source together (the handbook's joint).
 PARTIAL_BYTES = 16 * 1024 * 1024
-# Refusals that wait for a client that does not read; beyond it only the totals count them.
-REFUSAL_BYTES = 64 * 1024
-# A client that has ended its side has so long to read its last totals.
-FAREWELL_SECONDS = 30.0
+# A client that has ended its side has so long to read its last totals; one that gives way, whose place
+# another waits for, a moment.
+FAREWELL_SECONDS, HURRIED_SECONDS = 30.0, 1.0
 
 ASKING = b"ack"
 # What may stand before it: empty lines, and the line ends of senders in C.
 BLANK = b"\r\n\0"
-
-
-class Acknowledgements:
-    """One connection's totals, and the refusals that it has not been told."""
-
-    def __init__(self, before: Totals | None = None) -> None:
-        before = before or Totals()
-        self.lines = before.lines
-        self._accepted = before.accepted
-        self._rejected = before.rejected
-        self._refusals = bytearray(before.refusals)
-        self._told = before.told
-        self._changed = trio.Event()
-        self._ended = False
-
-    def add(self, outcome: Outcome) -> None:
-        """A read was settled."""
-        for line, reason in outcome.refused:
-            if len(self._refusals) < REFUSAL_BYTES:
-                number = self.lines + line + 1
-                self._refusals += b'{"line":%d,"error":"%s"}\n' % (number, reason.encode())
-        self.lines += outcome.lines
-        self._rejected += len(outcome.refused)
-        self._accepted += outcome.lines - len(outcome.refused)
-        self._changed.set()
-
-    def totals(self) -> Totals:
-        """How it stands."""
-        return Totals(
-            lines=self.lines,
-            accepted=self._accepted,
-            rejected=self._rejected,
-            refusals=bytes(self._refusals),
-            told=self._told,
-        )
-
-    def end(self) -> None:
-        """Nothing more will be added."""
-        self._ended = True
-        self._changed.set()
-
-    async def next(self) -> bytes:
-        """What to write next, when there is something; empty at the end, before which something is said."""
-        while True:
-            totals = (self._accepted, self._rejected)
-            if totals != self._told and (self._ended or totals != (0, 0)):
-                text = bytes(self._refusals) + b'{"accepted":%d,"rejected":%d}\n' % totals
-                self._refusals.clear()
-                self._told = totals
-                return text
-            if self._ended:
-                return b""
-            self._changed = trio.Event()
-            await self._changed.wait()
 
 
 class Partials:
@@ -127,24 +74,33 @@ class Manner(Protocol):
     ack: bool
     idle_timeout: float
     partials: Partials
-    stopping: bool
+    shortage: Shortage
 
 
 class Connection:
     """One client: its bytes become lines, its lines reads, and what became of them acknowledgements."""
 
     def __init__(
-        self, source: Manner, peer: Peer, origin: Origin | None = None, handed: HandedClient | None = None
+        self,
+        source: Manner,
+        peer: Peer,
+        origin: Origin | None = None,
+        handed: HandedClient | None = None,
+        user: int | None = None,
     ) -> None:
         self._source = source
         self._peer = peer
         self._origin = origin
+        self._user = user
         self._reader = source.reader()
         self._acks: Acknowledgements | None = Acknowledgements() if source.ack else None
         self._offered: deque[Offered] = deque()
         self._more = trio.Event()
         self._asked = trio.Event()  # for acknowledgements, or the connection ended without
         self._first = True
+        self._silent = False  # there is nothing to read
+        self._stopped = False
+        self._farewell = FAREWELL_SECONDS
         self._ended = False
         self._serving = trio.CancelScope()
         if handed is not None:
@@ -156,7 +112,9 @@ class Connection:
         self._reader.resume(handed.unfinished)
         self._acks = None if handed.totals is None else Acknowledgements(handed.totals)
         for read in handed.reads:
-            offered = self._source.putter.offer(read, client=self, urgent=True, admitted=True)
+            offered = self._source.putter.offer(
+                read, client=self, user=self._user, urgent=True, admitted=True
+            )
             self._offered.append(offered)
 
     async def run(self) -> None:
@@ -175,7 +133,16 @@ class Connection:
 
     def stop(self) -> None:
         """Read what the client has sent to its end; it can send no more."""
+        self._stopped = True
         self._peer.stop()
+
+    def give_way(self) -> bool:
+        """Stop, if the client is silent and was told, or can be, of all that it has sent."""
+        if not self._silent or self._offered:
+            return False
+        self._farewell = HURRIED_SECONDS
+        self.stop()
+        return True
 
     def leave(self) -> None:
         """Stop between two reads, or when all is read and not all settled: another process goes on."""
@@ -209,17 +176,19 @@ class Connection:
         while True:
             try:
                 with trio.move_on_after(self._source.idle_timeout) as patience:
+                    self._silent = True
                     await self._peer.ready()
+                    self._silent = False
                 if patience.cancelled_caught:
                     self._finish(clean=False)
                     return
-                await putter.room(self)
+                await putter.room(self, self._user)
                 data = await self._peer.receive()
             except OSError:
                 self._finish(clean=False)
                 return
             if not data:
-                self._finish(clean=not self._source.stopping)
+                self._finish(clean=not self._stopped)
                 return
             self._feed(data)
             few = len(data) < SMALL_BYTES
@@ -287,8 +256,11 @@ class Connection:
     def _offer(self, lines: bytes, cut: Cut | None) -> None:
         if not lines and cut is None:
             return
+        if lines:
+            self._source.shortage.heard(self)
         read = Read(lines, self._source.clock.now(), cut, self._origin)
-        offered = self._source.putter.offer(read, client=self, urgent=self._acks is not None)
+        urgent = self._acks is not None
+        offered = self._source.putter.offer(read, client=self, user=self._user, urgent=urgent)
         if self._acks is not None:
             self._offered.append(offered)
             self._more.set()
@@ -304,7 +276,7 @@ class Connection:
             if self._ended:
                 if self._acks is not None:
                     self._acks.end()
-                connection.deadline = trio.current_time() + FAREWELL_SECONDS
+                connection.deadline = trio.current_time() + self._farewell
                 return
             self._more = trio.Event()
             await self._more.wait()

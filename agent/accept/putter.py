@@ -14,6 +14,7 @@ import trio
 
 from agent import crash
 from agent.accept.rates import Rates
+from agent.accept.room import Room
 from agent.accept.tap import Tap
 from agent.buffer import PARTING_SECONDS, Buffer
 from agent.decode.ndjson import count_byte, count_lines, first_lines
@@ -21,8 +22,6 @@ from agent.events import CHUNK_BYTES, CHUNK_EVENTS, UNREMARKABLE, Denied, Instan
 from agent.texts import RANDOM_BITS
 from agent.vouch import Decoded, Door
 
-# Between reader and putter: 8 chunks (the handbook's joint). Beyond it nobody reads.
-QUEUE_BYTES = 8 * CHUNK_BYTES
 # Enough to be put at once: a chunk of about 750 events.
 ENOUGH_BYTES = 256 * 1024
 # What one put takes: more in one go would only hold more memory and the loop for longer.
@@ -32,8 +31,6 @@ MOST_LINES = 4 * CHUNK_EVENTS
 REFUSAL_COST = 10
 # Good lines between bad ones do not let the next put be a long one.
 FORGETTING = 0.9
-# What one client may have on its way: two puts, so that one is read while the other commits.
-CLIENT_BYTES = 2 * MOST_BYTES
 # What a line costs beside its bytes, for whose turn it is.
 LINE_COST = 256
 # How long a put waits for company where nothing was promised yet.
@@ -57,9 +54,9 @@ class Offered:
     `read` is what of it is not yet gathered for a put, `lines` about how many lines that has.
     """
 
-    def __init__(self, read: Read, client: object = None) -> None:
+    def __init__(self, read: Read, client: object = None, user: int | None = None) -> None:
         self.read = read
-        self.client = client
+        self.client, self.user = client, user
         self.lines = count_byte(read.lines, b"\n")
         self.settled = trio.Event()
         self._told = 0
@@ -115,42 +112,39 @@ class Putter:
     """
 
     def __init__(self, source: str, door: Door, buffer: Buffer, rates: Rates | None = None) -> None:
-        self._source = source
+        self.source = source
         self._door = door
         self._buffer = buffer
         self._rates = rates
         self._even = min(door.rules.max_batch_events, CHUNK_EVENTS)
         self._share = 0.0  # of the last puts' lines, that were refused
         self._offers: deque[Offered] = deque()
-        self._held = 0
-        self._held_of: Counter[object] = Counter()
+        self._room = Room()
         self._urgent = False
         self._closing = False
         self._leaving = False
         self._some = trio.Event()
         self._enough = trio.Event()
-        self._room = trio.Event()
-        self._turn = trio.StrictFIFOLock()
         self.tap = Tap(source)
         self.recent: deque[Refusal] = deque(maxlen=RECENT)
         self._random = random.SystemRandom()
 
-    async def room(self, client: object = None) -> None:
-        """Return when another read may be made, for a client where one is told; readers take turns."""
-        while client is not None and self._held_of[client] >= CLIENT_BYTES:
-            await self._room.wait()
-        if self._held < QUEUE_BYTES and not self._turn.locked():
-            return
-        async with self._turn:
-            while self._held >= QUEUE_BYTES:
-                await self._room.wait()
+    async def room(self, client: object = None, user: int | None = None) -> None:
+        """Return when another read may be made; see `Room.wait`."""
+        await self._room.wait(client, user)
 
     def admits(self, events: int) -> bool:
         """Whether a request of so many events may come now, all of it; then they are counted as come."""
         return self._rates is None or self._rates.admit_all(None, events, trio.current_time())
 
     def offer(
-        self, read: Read, *, client: object = None, urgent: bool = False, admitted: bool = False
+        self,
+        read: Read,
+        client: object = None,
+        user: int | None = None,
+        *,
+        urgent: bool = False,
+        admitted: bool = False,
     ) -> Offered:
         """Hand a read over; ask for `room` before reading.
 
@@ -158,20 +152,14 @@ class Putter:
         putter has offered it before.
         """
         within = self._within(self._rates, read) if self._rates and not admitted else read
-        offered = Offered(within, client)
+        offered = Offered(within, client, user)
         self._offers.append(offered)
-        self._hold(client, len(within.lines))
+        self._room.hold(client, user, within.lines)
         self._urgent = self._urgent or urgent
         self._some.set()
-        if self._urgent or self._held >= ENOUGH_BYTES:
+        if self._urgent or self._room.held >= ENOUGH_BYTES:
             self._enough.set()
         return offered
-
-    def _hold(self, client: object, size: int) -> None:
-        self._held += size
-        self._held_of[client] += size
-        if not self._held_of[client]:
-            del self._held_of[client]
 
     def _within(self, rates: Rates, read: Read) -> Read:
         """The read without the lines that its source or user may not send now, which are denied."""
@@ -185,7 +173,7 @@ class Putter:
 
     async def note_drops(self, socket: str, total: int) -> None:
         """Have what the kernel dropped entered into the books. Raises `BufferBroken` where that fails."""
-        await self._buffer.note_drops(self._source, socket, total)
+        await self._buffer.note_drops(self.source, socket, total)
 
     def close(self) -> None:
         """Nothing more will be offered: put what is here and end."""
@@ -224,11 +212,11 @@ class Putter:
         """Enter what was read and there was no time for."""
         reads = [offered.read for offered in self._offers]
         lines = sum(map(_lines_of, reads))
-        await self._buffer.put((), Tally(source=self._source, received=lines, given_up=lines))
+        await self._buffer.put((), Tally(source=self.source, received=lines, given_up=lines))
 
     async def _gather(self) -> list[Part]:
         """What the next put takes; where more waits than fills a chunk, chunks that are full."""
-        if not self._urgent and not self._closing and self._held < ENOUGH_BYTES:
+        if not self._urgent and not self._closing and self._room.held < ENOUGH_BYTES:
             self._enough = trio.Event()
             with trio.move_on_after(COMPANY_SECONDS):
                 await self._enough.wait()
@@ -304,16 +292,15 @@ class Putter:
         else:
             _tell(gathered, decoded, shed=False)
         for part in gathered:
-            self._hold(part.offered.client, -len(part.read.lines))
+            self._room.free(part.offered.client, part.offered.user, part.read.lines)
         self._share = max(len(decoded.rejects) / max(1, sum(decoded.lines)), self._share * FORGETTING)
-        self._room.set()
-        self._room = trio.Event()
+        self._room.tell()
 
     def _remember(self, rejects: Sequence[Reject], at: Instant) -> None:
         told = None
         remarkable = [reject for reject in rejects if reject.reason not in UNREMARKABLE]
         for reject in remarkable[-RECENT:]:
-            refusal = Refusal(at.wall, self._source, reject.reason, reject.sample)
+            refusal = Refusal(at.wall, self.source, reject.reason, reject.sample)
             if refusal != told or reject.reason not in UNREAD:
                 self.recent.append(refusal)
             told = refusal

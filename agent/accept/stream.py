@@ -16,6 +16,7 @@ from agent.accept.handed import HandedClient
 from agent.accept.peer import PlainPeer, TlsPeer
 from agent.accept.putter import Putter
 from agent.accept.sender import Senders, peer_of
+from agent.accept.shortage import Shortage
 from agent.clock import Clock
 from agent.events import Origin
 from agent.guard import Guard
@@ -63,7 +64,8 @@ class StreamSource:
         self.turned_away = 0
         self._named: set[int | None] = set()
         self.partials = Partials()
-        self.stopping = False
+        self.shortage = Shortage(putter.source)
+        self._stopping = False
         self._leaving = False
         self._left: list[tuple[Connection, int]] = []
         self.connections: set[Connection] = set()
@@ -91,9 +93,10 @@ class StreamSource:
                     serving.start_soon(self._serve, sock)
 
                 for listener in self._listeners:
-                    accepting.start_soon(accept_all, listener, self._places, start)
+                    make_room = self.shortage.make_room if listener.family == socket.AF_UNIX else None
+                    accepting.start_soon(accept_all, listener, self._places, start, make_room)
                 await stop.wait()
-                self.stopping = True
+                self._stopping = True
                 accepting.cancel_scope.cancel()
             for connection in tuple(self.connections):
                 self._end(connection)
@@ -139,14 +142,18 @@ class StreamSource:
         """Take what a client sends, to its end."""
         unsent = b"" if handed is None else handed.unsent
         peer = PlainPeer(sock, unsent) if self._tls is None else TlsPeer(sock, self._tls)
-        connection = Connection(self, peer, origin, handed)
+        user = peer_of(sock.getsockopt).uid if sock.family == socket.AF_UNIX else None
+        connection = Connection(self, peer, origin, handed, user)
         self.connections.add(connection)
-        if self.stopping:
+        if user is not None:
+            self.shortage.came(connection, user)
+        if self._stopping:
             self._end(connection)
         try:
             await self._guard.keep(connection.run)
         finally:
             self.connections.discard(connection)
+            self.shortage.left(connection)
         if connection.left:
             self._left.append((connection, os.dup(sock.fileno())))
 

@@ -131,12 +131,9 @@ class Fortress(NamedTuple):
                 told = await self.sent(door, good(number + place, door), 1)
                 assert told == {"accepted": 1, "rejected": 0}
                 expected.add(number + place)
-            for place, (door, family) in enumerate(
-                (("unix_datagram", socket.AF_UNIX), ("udp", socket.AF_INET))
-            ):
-                with trio.socket.socket(family, socket.SOCK_DGRAM) as datagram:
-                    await datagram.sendto(good(number + 10 + place), self.doors[door])
-                expected.add(number + 10 + place)
+            with trio.socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as datagram:
+                await datagram.sendto(good(number + 10), self.doors["unix_datagram"])
+            expected |= {number + 10, number + 11}
             async with httpx.AsyncClient(timeout=30) as client:
                 host, port = self.doors["http"]
                 body = {"api_key": "phc_test", "batch": [json.loads(good(number + 20))]}
@@ -147,7 +144,10 @@ class Fortress(NamedTuple):
                 for path in ("/metrics", "/livez", "/readyz", "/status", "/"):
                     assert (await client.get(f"http://{host}:{port}{path}")).status_code == 200
             while not expected <= {event.properties.get("n") for event in self.sink.events}:
-                await trio.sleep(0.02)
+                # By UDP again and again: behind a flood the kernel drops what comes.
+                with trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagram:
+                    await datagram.sendto(good(number + 11), self.doors["udp"])
+                await trio.sleep(0.1)
 
     async def quiet(self) -> dict[str, Any]:
         """The books, once everything that came is in them and delivered; they balance.

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import httpx
 import pytest
@@ -178,6 +179,17 @@ async def test_clients_that_never_read(
         record_property("told", f"{told}, {fort.memory() // MIB} MiB")
 
 
+# What is sent a thousand times: the cheapest of each kind to refuse.
+BOMBS = (
+    "gzip that no header tells",
+    "gzip of many members",
+    "deep properties",
+    "deep objects",
+    "deep in a batch",
+)
+# A thousandth of what a thousand leaks of one body would be; the allocator's own coming and going.
+GROWTH_BYTES = 4 * MIB
+
 # As many clients as a source serves at once, each of which holds half a line or half a request.
 CROWDS = (
     ("unix_stream", b'{"event":"' + b"x" * 15_000),
@@ -253,36 +265,102 @@ async def crowd(*arguments: str, text: str = "") -> str:
     return done.stdout.decode()
 
 
-KINDS = {"unix_stream": "1", "unix_datagram": "2", "udp": "2"}
+class Flood(NamedTuple):
+    """What is flooded and how, and where and how the good client comes."""
+
+    door: str
+    way: str
+    beside: str = "unix_stream"
+    good: str = "stream"
+    connections: int = 1
 
 
-@pytest.mark.parametrize(
-    ("doors", "each", "seconds"),
-    [
-        (["unix_stream"], False, 1.5),
-        pytest.param(["unix_stream"], True, 6, marks=LONG),
-        pytest.param(list(KINDS), False, 6, marks=LONG),
-    ],
-    ids=["short", "one by one", "by every socket"],
-)
-async def test_floods_beside_a_good_client(
-    papers: Papers, doors: list[str], each: bool, seconds: float, record_property: Told
-) -> None:
-    """Whatever another user pours into the same source, who sends 5,000 events a second is served."""
+# Another user's, by the same source where that is not one of datagrams. HTTP is met with what is no HTTP, and
+# with requests whose bodies are the garbage; TLS with what is no TLS, and with garbage in it.
+BY_DOOR = {
+    "unix_stream": Flood("unix_stream", "stream"),
+    "20 unix_streams": Flood("unix_stream", "stream", connections=20),
+    "unix_datagram": Flood("unix_datagram", "datagram"),
+    "udp": Flood("udp", "datagram"),
+    "tcp": Flood("json", "stream", "json"),
+    "tls": Flood("tls", "tls", "tls", "tls"),
+    "no tls": Flood("tls", "stream", "tls", "tls"),
+    "http": Flood("http", "http", "http", "http"),
+    "no http": Flood("http", "stream", "http", "http"),
+}
+# 99 of 100 events of 5,000 a second wait so long at most; tried so often, as others work on this host too.
+P99_MS, TRIES = 100, 3
+
+
+async def beside(fort: Fortress, ca: str, flood: Flood, texts: list[str], seconds: float) -> float:
+    """The p99 of a good client's acknowledgements in ms while texts are poured in."""
     uid = "65534" if os.getuid() == 0 else "0"
+    where = json.dumps(fort.doors[flood.door])
+    async with trio.open_nursery() as nursery:
+        pour = ["flood", flood.way, where, ca, str(seconds + 1), uid, str(flood.connections)]
+        nursery.start_soon(partial(crowd, *pour, text=json.dumps(texts)))
+        await trio.sleep(0.5)
+        where = json.dumps(fort.doors[flood.beside])
+        figures: dict[str, float] = json.loads(await crowd("good", flood.good, where, ca, str(seconds)))
+    assert figures["accepted"] > 0  # and all that was sent, else it would not have ended
+    return figures["p99"]
+
+
+async def test_floods_beside_a_good_client(papers: Papers, record_property: Told) -> None:
+    """Whatever another user pours into a source, who sends 5,000 events a second is served to the last."""
     texts = [text.decode("latin-1") for text in FLOODS.values()]
     told = []
     async with fortress(papers) as fort:
         before = fort.descriptors()
-        for name, some in zip(FLOODS, ([text] for text in texts), strict=True) if each else [("all", texts)]:
-            async with trio.open_nursery() as nursery:
-                for door in doors:
-                    flood = ["flood", KINDS[door], json.dumps(fort.doors[door]), str(seconds + 1), uid]
-                    nursery.start_soon(partial(crowd, *flood, text=json.dumps(some)))
-                await trio.sleep(0.5)
-                figures = json.loads(await crowd("good", str(fort.doors["unix_stream"]), str(seconds)))
-            assert figures["accepted"] > 0
-            told.append(f"{name}: p99 {figures['p99']} ms")
+        for name in ("unix_stream", "http", "no http"):
+            p99 = await beside(fort, papers.ca, BY_DOOR[name], texts, 1.5)
+            told.append(f"{name}: p99 {p99} ms")
         books = await fort.holds(before)
-        counted = f"{books['rejected']} lines refused, {fort.memory() // MIB} MiB"
-        record_property("told", "; ".join((*told, counted)))
+        told.append(f"{books['rejected']} lines refused, {fort.memory() // MIB} MiB")
+        record_property("told", "; ".join(told))
+
+
+@LONG
+@pytest.mark.parametrize("name", BY_DOOR)
+async def test_each_kind_of_flood(papers: Papers, name: str, record_property: Told) -> None:
+    """One by one, each beside a good client whose acknowledgements come in 100 ms."""
+    told = []
+    slow = []
+    async with fortress(papers) as fort:
+        before = fort.descriptors()
+        for kind, text in FLOODS.items():
+            tries = []
+            while not tries or (min(tries) >= P99_MS and len(tries) < TRIES):
+                tries.append(await beside(fort, papers.ca, BY_DOOR[name], [text.decode("latin-1")], 4))
+            told.append(f"{kind}: p99 {min(tries)} ms")
+            slow += [(kind, tries)] if min(tries) >= P99_MS else []
+        books = await fort.holds(before)
+        told.append(f"{books['rejected']} lines refused, {fort.memory() // MIB} MiB")
+        record_property("told", "; ".join(told))
+    assert not slow
+
+
+@pytest.mark.parametrize("times", [10, pytest.param(1000, marks=LONG)], ids=["short", "long"])
+async def test_bombs_again_and_again(papers: Papers, times: int, record_property: Told) -> None:
+    """One client that sends each kind of bomb a thousand times does not raise the memory with time."""
+    kinds = [body for body in BODIES if body.name in BOMBS]
+    assert len(kinds) == len(BOMBS)
+    head = next(raw for raw in RAW if raw.name == "a large header")
+    sizes = []
+    async with fortress(papers) as fort:
+        before = fort.descriptors()
+        host, port = fort.doors["http"]
+        async with httpx.AsyncClient(timeout=60) as client:
+            for _ in range(times):
+                for body in kinds:
+                    headers = {"content-encoding": body.encoding} if body.encoding else {}
+                    url = f"http://{host}:{port}{body.path}"
+                    answer = await client.post(url, content=body.body, headers=headers)
+                    assert answer.status_code in body.statuses, (body.name, answer.status_code)
+                await exchanged(fort, "http", head)
+                sizes.append(fort.memory("VmRSS"))
+        await fort.holds(before)
+        early, late = max(sizes[times // 10 : times // 2]), max(sizes[times // 2 :])
+        figures = f"{early / MIB:.1f} MiB in the first half, {late / MIB:.1f} in the second"
+        record_property("told", f"{len(BOMBS) + 1} bombs, {times} times: {figures}")
+        assert late <= early + GROWTH_BYTES
