@@ -223,6 +223,22 @@ async def test_configured_headers_are_added_but_not_in_a_clients_stead() -> None
     assert (keyed.headers["x-gateway"], keyed.headers["authorization"]) == ("g1", BEARER["Authorization"])
 
 
+@pytest.mark.parametrize("packed", [False, True])
+async def test_an_answer_that_repeats_a_secret_is_not_passed_on(packed: bool) -> None:
+    """A proxy that answers with what it was asked shows no client what is configured."""
+
+    def reflect(asked: Asked) -> Said:
+        said = json.dumps(dict(asked.headers)).encode()
+        return Said(403, gzip.compress(said), {"content-encoding": "gzip"}) if packed else Said(403, said)
+
+    async with both(headers={"X-Gateway": Secret("Bearer gate/secret-1")}) as (posthog, local):
+        posthog.script = reflect
+        reply = await local.flags(accept_encoding="gzip")
+        assert (reply.status_code, "secret-1" in reply.text) == (503, False)
+        posthog.says(told({"detail": "no"}, 403))
+        assert (await local.flags()).status_code == 403
+
+
 async def test_a_packed_reply_is_passed_on_packed() -> None:
     """The client gets the bytes that PostHog sent, and only what it can read, now and from memory."""
     packed = gzip.compress(json.dumps(FLAGS).encode())

@@ -173,6 +173,8 @@ class FlagCalls:
                     self._failed(answer.reason, 0.0)
                 return self._remembered(call, key)
             meaning = read_answer(call, answer.status, answer.headers, answer.body)
+            if meaning is not Meaning.GOOD and self._upstream.repeats_a_secret(answer):
+                return self._remembered(call, key)
             reply = passed_back(call, answer.status, answer.headers, answer.body)
             if meaning is Meaning.AWAY:
                 self._failed(f"HTTP {answer.status}, and not from PostHog", _seconds(reply))

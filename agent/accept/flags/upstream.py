@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from types import TracebackType
 from typing import NamedTuple, Self
+from urllib.request import getproxies
 
 import httpx
 import trio
@@ -16,12 +17,16 @@ from agent.accept.flags.calls import Call
 from agent.accept.flags.replies import Headers
 from agent.config import Project
 from agent.httpc import open_client, why
+from agent.pack import GZIP, open_stream
+from agent.veil import sent_by, without
 
 # The definitions of some thousand flags.
 REPLY_BYTES = 4 * 1024 * 1024
 # Connections to PostHog: with its 0.1 s a call, 160 calls a second; it takes 50 a second from one address
 # (`rust/feature-flags/src/config.rs`).
 CONCURRENCY = 16
+# Who answers with what he was asked does so in some kilobytes; searching them takes 4 ms for each secret.
+REFLECTED_BYTES = 16 * 1024
 # As for deliveries: half of what common load balancers allow.
 KEEP_ALIVE = 30.0
 
@@ -65,6 +70,7 @@ class Upstream:
             (name.lower().encode(), secret.reveal().encode())
             for name, secret in project.delivery.headers.items()
         ]
+        self._secrets = sent_by(project.delivery, getproxies().values())
         self._http = open_client(project.delivery, connections=CONCURRENCY, idle=KEEP_ALIVE)
 
     async def __aenter__(self) -> Self:
@@ -93,6 +99,19 @@ class Upstream:
         finally:
             if response is not None:
                 await response.aclose()
+
+    def repeats_a_secret(self, answer: Answer) -> bool:
+        """Whether it says what was sent along, as proxies do that answer with what they were asked.
+
+        Anybody on this host may ask, so that such an answer is not passed on.
+        """
+        if not self._secrets:
+            return False
+        body = answer.body
+        if (b"content-encoding", b"gzip") in answer.headers:
+            body = open_stream(body, GZIP, REFLECTED_BYTES) or b""
+        said = b"\n".join((*(value for _, value in answer.headers), body[:REFLECTED_BYTES]))
+        return without(said, self._secrets) != said
 
     def _request(self, call: Call, seconds: float) -> httpx.Request:
         """The call for PostHog; configured headers are added where the client says nothing itself."""
