@@ -8,7 +8,7 @@ starts must not make its senders wait.
 import resource
 import signal
 from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager, ExitStack
+from contextlib import AbstractAsyncContextManager, ExitStack, closing
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -32,7 +32,8 @@ from agent.metrics import Metrics
 from agent.notify import Notices
 from agent.page_sockets import Page, page_sockets, tell_unused
 from agent.pulse import Pulse, status_line
-from agent.reload import SIGNALS, Anew, Plan, handover_of, hold_signals, planned, take_signals
+from agent.reload import Anew, Plan, handover_of, planned
+from agent.signals import Waiting
 from agent.status import Reloaded
 from agent.systemd import NOTHING, Passed
 from agent.timekeeper import Timekeeper
@@ -241,18 +242,17 @@ async def _close_door(buffer: Buffer, accepting: trio.CancelScope) -> None:
 async def run_until_signalled(agent: Agent, *, hangs_up: bool = False) -> None:
     """Run until SIGTERM or SIGINT, then stop in order; a second one leaves at once. SIGHUP reloads.
 
-    Where the agent `hangs_up`, SIGHUP stops it too: its terminal was closed.
+    Where the agent `hangs_up`, SIGHUP stops it too: its terminal was closed. They must be held already.
     """
-    held: list[int] = []
-    with trio.open_signal_receiver(*SIGNALS) as signals:
-        take_signals()
+    with closing(Waiting()) as signals:
         async with trio.open_nursery() as nursery:
 
             async def obey() -> None:
-                async for number in signals:
+                while True:
+                    await trio.lowlevel.wait_readable(signals)
                     if agent.plan is not None:  # it is for the next agent
-                        held.append(number)
-                    elif number == signal.SIGHUP and not hangs_up:
+                        return
+                    if signals.take() == signal.SIGHUP and not hangs_up:
                         nursery.start_soon(agent.reload)
                     else:
                         if agent.stop.is_set():
@@ -261,8 +261,8 @@ async def run_until_signalled(agent: Agent, *, hangs_up: bool = False) -> None:
 
             nursery.start_soon(obey)
             await agent.run()
-            if agent.handover is not None:
-                hold_signals([*held, *([signal.SIGHUP] if agent.asked else [])])
+            if agent.handover is not None and agent.asked:
+                signal.raise_signal(signal.SIGHUP)  # the next agent does it
             nursery.cancel_scope.cancel()
 
 

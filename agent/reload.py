@@ -6,10 +6,8 @@ process replaces itself.
 """
 
 import os
-import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -37,8 +35,6 @@ TOLD_CHARACTERS = 2000
 NAMED, TRY = "capture-agent: ", "\n  try: "
 
 T = TypeVar("T")
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class ReloadRefused(AgentError):
@@ -128,7 +124,12 @@ async def _checked(check: Sequence[str]) -> None:
     """Have the version that is installed now read the configuration. Raises `ReloadRefused`."""
     try:
         done = await trio.run_process(
-            check, stdin=subprocess.DEVNULL, capture_stdout=True, capture_stderr=True, check=False
+            check,
+            stdin=subprocess.DEVNULL,
+            capture_stdout=True,
+            capture_stderr=True,
+            check=False,
+            deliver_cancel=_kill,
         )
     except OSError as error:
         hint = "is the agent still installed where it was started from?"
@@ -138,6 +139,11 @@ async def _checked(check: Sequence[str]) -> None:
         told = told.removeprefix(NAMED) or f"the check ended with {done.returncode}"
         otherwise = "mend it" if done.returncode == ConfigError.exit_code else "install the agent anew"
         raise ReloadRefused(told[-TOLD_CHARACTERS:], hint or f"{otherwise}, and reload again")
+
+
+async def _kill(process: trio.Process) -> None:
+    """It has nothing to put in order, and holds signals as the agent does."""
+    process.kill()
 
 
 def _open_new(old: Config, new: Config, passed: Passed) -> list[tuple[Bound, int]]:
@@ -196,22 +202,6 @@ def check_command(config_file: str | None) -> list[str]:
     """`check`, started as this process was."""
     program = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv) + 1]
     return [sys.executable, *program, "check", *(() if config_file is None else ("--config", config_file))]
-
-
-def hold_signals(before: Iterable[int]) -> None:
-    """From now on signals wait for the process that replaces this one; `before` are those that came."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    ours = threading.get_ident()
-    for number in SIGNALS:
-        # A worker thread may take it in our stead; what is sent to a thread that blocks it waits.
-        signal.signal(number, lambda number, _frame: signal.pthread_kill(ours, number))
-    for came in before:
-        signal.pthread_kill(ours, came)
-
-
-def take_signals() -> None:
-    """What was held comes now; ask for it when it is known what to do with it."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def replace_process(handover: Handover) -> NoReturn:

@@ -41,6 +41,23 @@ def test_help_names_every_verb_and_loads_nothing_heavy() -> None:
         assert f"'{heavy}'" not in loaded
 
 
+@pytest.mark.parametrize("module", ["click", "agent.cli.output", "agent.cli.status"])
+def test_an_interrupt_while_it_loads_ends_it_without_a_word(module: str) -> None:
+    """Ctrl-C in the first tenth of a second; here it comes when a module is looked for."""
+    code = f"""
+import runpy, signal, sys
+class Interrupting:
+    def find_spec(name, path=None, target=None):
+        if name == {module!r}:
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Interrupting)
+sys.argv = ["capture-agent", "status"]
+runpy.run_module("agent", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_each_verb_has_help(verb: str) -> None:
     """Each verb says what it does and what it takes."""

@@ -49,6 +49,7 @@ ROOMS = {
     "agent.logs": "tool",
     "agent.memory": "tool",
     "agent.notify": "tool",
+    "agent.signals": "tool",
     "agent.systemd": "tool",
     "agent.trust": "tool",
     "agent.admin": "pages",

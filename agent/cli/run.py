@@ -14,7 +14,12 @@ def command(config_file: str | None) -> None:
     CAPTURE_AGENT_API_KEY and CAPTURE_AGENT_HOST from the environment. SIGHUP has it read its configuration
     anew, without losing an event or a connection.
     """
+    from agent.signals import ending_at_once, hold_signals
+
+    hold_signals()
+
     import os
+    from contextlib import nullcontext
     from functools import partial
 
     import structlog
@@ -31,7 +36,8 @@ def command(config_file: str | None) -> None:
     with plainly():
         crash.arm(os.environ)
     handed = found(os.environ)
-    with plainly():
+    # What another agent has left must go on; before, a file may be one that never ends (a FIFO, a lost disk).
+    with plainly(), ending_at_once() if handed is None else nullcontext():
         text = (handed and handed.config) or read_text(config_file)
         config = understood(text)
     withheld = logs.set_up(config.log.level, config.log.format, os.environ)
