@@ -506,6 +506,25 @@ async def test_ready_waits_for_company_or_the_linger(opened: Opener) -> None:
         assert waited.cancelled_caught
 
 
+async def test_each_key_has_a_linger_of_its_own(opened: Opener) -> None:
+    """It runs while others' is waited for, and begins anew for what a lease left."""
+    async with opened() as buffer:
+        await put(buffer, chunk(1, key="a"), chunk(2))
+        began = trio.current_time()
+        assert set(await buffer.ready("default", 1000, 0.2)) == {"a", None}
+        await take(buffer, Limits(1, 1))
+        await put(buffer, chunk(3, key="b"), chunk(4, 2000, key="c"))
+        assert len(await buffer.ready("default", 1000, 0.2)) == 2  # "c" and the other of the first two
+        assert trio.current_time() - began < 0.4
+        await put(buffer, chunk(5, 1000, key="d"), chunk(6, key="d"))
+        while (lease := await take(buffer, Limits(1, 1))).key != "d":
+            pass
+        assert crcs(lease) == [5]
+        with trio.move_on_after(0.1) as waited:
+            await buffer.ready("default", 1000, 3600, {"b"})
+        assert waited.cancelled_caught
+
+
 # --- keys that clients sent ----------------------------------------------------------------------
 
 

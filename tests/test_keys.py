@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.deliver.keys import MOST_HELD, MOST_WORKED, HeldKeys, Keys
+from agent.deliver.keys import MOST_HELD, MOST_WORKED, PROBE_LONGEST, PROBE_SPACING, HeldKeys, Keys
 from agent.deliver.pace import PROBE_SECONDS, Held
 
 
@@ -28,7 +28,7 @@ def crowded() -> Keys:
     keys = Keys(60.0)
     keys.accept("works", probe=False)
     for number in range(MOST_HELD):
-        keys.hold(f"wrong-{number}", "key", "", number / 1000, lowest)
+        keys.hold(f"wrong-{number}", "key", "", number / 10_000, lowest)
     return keys
 
 
@@ -79,11 +79,11 @@ def test_only_a_probe_ends_a_hold() -> None:
 
 
 def test_a_probe_that_brought_nothing_makes_way() -> None:
-    """Its lease was given back without an answer: the next may go at once."""
+    """Its lease was given back without an answer: the next may go in its turn."""
     keys = refused("a")
     assert keys.ask("a", 50.0)
     keys.done("a")
-    assert "a" not in keys.closed(50.0)
+    assert "a" not in keys.closed(50.0 + PROBE_SPACING)
 
 
 def test_other_trouble_begins_anew() -> None:
@@ -123,6 +123,35 @@ def test_too_many_wrong_keys_stop_none_that_works() -> None:
     assert keys.next_probe(1.0) == pytest.approx(44.0)
     closed = keys.closed(45.0)
     assert [key in closed for key in ("new", "wrong-0", "wrong-7")] == [False, False, True]
+
+
+def test_keys_that_are_due_take_turns() -> None:
+    """However many there are: one probe at a time and one in a quarter of a second, and nobody else waits."""
+    names = [f"wrong-{number}" for number in range(1000)]
+    keys = refused(None, *names)
+    asked, now = 0, 100.0
+    while now < 160.0:
+        closed = keys.closed(now)
+        due = [key for key in names if key not in closed]
+        assert [key in closed for key in ("new", None)] == [False, False]
+        if due:
+            assert keys.ask(due[0], now)
+            closed = keys.closed(now)
+            assert all(key in closed for key in due)
+            asked += 1
+            keys.hold(due[0], "key", "", now, lowest)
+            keys.done(due[0])
+        now += min(1.0, keys.next_probe(now))
+    assert 200 <= asked <= 60 / PROBE_SPACING + 1
+
+
+def test_a_probe_that_does_not_end_holds_up_no_other() -> None:
+    """Its batch may have to be tried again for hours."""
+    keys = refused("a", "b")
+    assert keys.ask("a", 50.0)
+    assert "b" in keys.closed(50.0 + PROBE_SPACING)
+    assert keys.next_probe(50.0) == pytest.approx(PROBE_LONGEST)
+    assert "b" not in keys.closed(50.0 + PROBE_LONGEST)
 
 
 def test_one_more_takes_the_place_of_the_first_that_is_due() -> None:
@@ -192,7 +221,7 @@ def test_the_bounds_hold_whatever_happens(moves: list[tuple[str, int, float]], s
 
 
 def test_a_million_keys_cost_no_more_than_a_few() -> None:
-    """Who is asked at all is refused, and that is at most `MOST_HELD` in the shortest wait."""
+    """Who is asked at all is refused, and that is `MOST_HELD` and then a few a second."""
     rng = random.Random(1)
     keys = Keys(60.0)
     asked, now = 0, 0.0
@@ -203,6 +232,7 @@ def test_a_million_keys_cost_no_more_than_a_few() -> None:
             now += min(1.0, keys.next_probe(now))
             continue
         asked += 1
+        assert not keys.ask(name, now)  # it is no probe, as nobody has asked it before
         keys.hold(name, "key", "", now, rng.uniform)
-    assert asked <= MOST_HELD * (600 / PROBE_SECONDS[0] + 1)
+    assert asked <= MOST_HELD + 600 / PROBE_SPACING
     assert sum(held.keys for held in keys.clients()) == len(keys._held) == MOST_HELD

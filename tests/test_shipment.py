@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from math import ceil, log2
+from typing import Literal
 
 import pytest
 from hypothesis import given
@@ -12,9 +13,9 @@ from msgspec.structs import replace
 from agent import pack
 from agent.buffer import DeadEvent
 from agent.deliver.cargo import opened
-from agent.deliver.shipment import UNWITNESSED, Shipment
+from agent.deliver.shipment import MOST_REPLAYED, UNWITNESSED, Shipment
 from agent.deliver.verdict import Accepted, Batch, Damaged, Refused, Rejected, Retry, Split, Verdict
-from agent.events import Burial, Chunk
+from agent.events import GIVEN, Burial, Chunk
 
 AT = 1_700_000_000_000_000
 
@@ -269,6 +270,45 @@ def test_replayed_events_travel_apart() -> None:
     posts = deliver(shipment, refuse({20}, REJECTED))
     assert [post.events for post in posts] == [10, 2, 10, 1, 1]
     assert len(shipment.dead(at=AT)) == 1
+
+
+def test_replayed_events_that_are_refused_again_make_way() -> None:
+    """What is known after so many requests is settled, and the rest goes behind whatever waits."""
+    left: Sequence[Chunk] = replayed(*range(300))
+    for _ in range(20):
+        shipment = Shipment(left, **generous)
+        posts = deliver(shipment, refuse(set(range(0, 300, 2)), REJECTED))
+        assert len(posts) <= MOST_REPLAYED
+        assert (shipment.hold, shipment.progressed) == (None, True)
+        assert len(shipment.dead(AT)) + shipment.accepted + len(shipment.rest) == len(left)
+        left = shipment.rest
+        if not left:
+            break
+    assert not left
+
+
+SAME, OTHER = (f"00000000-0000-4000-8000-00000000000{digit}" for digit in "ab")
+
+
+@pytest.mark.parametrize(
+    ("uuids", "batches"),
+    [
+        ([SAME, OTHER], [2]),
+        ([SAME, SAME.upper()], [1, 1]),
+        ([SAME, OTHER, SAME], [2, 1]),
+        ([SAME, "", OTHER], [1, 1, 1]),
+    ],
+)
+@pytest.mark.parametrize("protocol", ["v1", "auto"])
+def test_replayed_events_share_a_batch_of_v1(
+    protocol: Literal["v1", "auto"], uuids: list[str], batches: list[int]
+) -> None:
+    """As far as their uuids are known to differ: v1 refuses a batch that has one twice."""
+    events = [b'{"uuid":"%s"}' % uuid.encode() if uuid else b'{"uuid":7}' for uuid in uuids]
+    burial = Burial(1, "rejected", "no", 1)
+    chunks = [replace(chunk([one]), marks=GIVEN, burials=(burial,)) for one in events]
+    posts = deliver(Shipment(chunks, **generous, protocol=protocol), lambda _: Accepted())
+    assert [post.events for post in posts] == batches
 
 
 def test_a_lone_event_that_is_too_large_is_a_suspect_too() -> None:

@@ -13,9 +13,8 @@ from sources import line
 from test_worker import DOOR, Outgoing, delivering, mock_clock, poison
 from trio.testing import MockClock
 
-from agent.buffer.lanes import MOST_LANES
 from agent.clock import Clock
-from agent.deliver.keys import MOST_HELD
+from agent.deliver.keys import MOST_HELD, PROBE_SPACING
 from agent.events import Read
 from agent.sink import Event, Reply, Request, Result, Sink
 
@@ -241,7 +240,7 @@ async def test_keys_that_somebody_makes_up_cost_a_bound(mock_clock: MockClock) -
     async with delivering(keyed.sink, mock_clock, linger=0.01) as out:
         await put(out, "phc_right", numbered(10))
         await out.emptied()
-        for number in range(MOST_LANES + 100):
+        for number in range(MOST_HELD + 100):
             await put(out, f"made-up-{number:04}", numbered(1))
         await out.until(lambda: sum(held.keys for held in out.delivery.keys.clients()) == MOST_HELD)
         began, before = trio.current_time(), keyed.asked.total()
@@ -253,10 +252,39 @@ async def test_keys_that_somebody_makes_up_cost_a_bound(mock_clock: MockClock) -
         await jumped(out, 150)
         made_up = keyed.asked.total() - before
         passed = trio.current_time() - began
-        assert MOST_HELD <= made_up <= MOST_HELD * (passed / 45 + 1)
-        assert len(keyed.asked) > 2 * MOST_HELD  # they take turns
+        assert 100 <= made_up <= passed / PROBE_SPACING + 1
+        assert len(keyed.asked) > MOST_HELD + 50  # they take turns
         assert sum(held.keys for held in out.delivery.keys.clients()) == MOST_HELD
-        assert out.buffer.stats().events == MOST_LANES + 100
+        assert out.buffer.stats().events == MOST_HELD + 100
+
+
+async def test_small_batches_of_many_keys_leave_together(mock_clock: MockClock) -> None:
+    """Each waits for company once, and none for another's; what comes meanwhile shares a batch."""
+    keyed = Keyed({})
+    async with delivering(keyed.sink, mock_clock, linger=100.0) as out:
+        began = trio.current_time()
+        keys = [None, *(f"phc_{number:02}" for number in range(30))]
+        for _ in range(3):
+            for key in keys:
+                await put(out, key, numbered(1))
+            await jumped(out, 20)
+        assert keyed.sink.taken == 0
+        await out.emptied()
+        assert 100 <= trio.current_time() - began < 130
+        assert keyed.asked == dict.fromkeys((OWN, *keys[1:]), 1)
+
+
+async def test_wrong_keys_keep_no_new_one_that_works_waiting(mock_clock: MockClock) -> None:
+    """Each is asked once and then held; a key that nobody has seen before is asked at once."""
+    keyed = Keyed({})
+    keyed.answers = Wrong(lambda key: key.startswith("made-up"))
+    async with delivering(keyed.sink, mock_clock, linger=0.01) as out:
+        for number in range(600):
+            await put(out, f"made-up-{number:04}", numbered(1))
+        await out.until(lambda: sum(held.keys for held in out.delivery.keys.clients()) == 600)
+        for number in range(20):
+            await put(out, f"phc_right_{number}", numbered(1))
+        await at_once(lambda: keyed.sink.taken == 20)
 
 
 class Wrong(dict[str, Reply]):

@@ -5,7 +5,7 @@ acknowledged. When `settle` has returned, it no longer does. Everything between 
 """
 
 from collections import Counter
-from collections.abc import AsyncIterator, Container, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Container, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from sys import maxsize
 from typing import IO, Literal, NamedTuple, Protocol
@@ -181,10 +181,10 @@ class Buffer(Protocol):
 
     async def ready(
         self, project: str, events: int, linger: float, without: Container[str | None] = NOBODY
-    ) -> None:
-        """Return when `events` of a project wait to be leased, or some have waited `linger` seconds.
+    ) -> Collection[str | None]:
+        """Return the keys of which `events` wait to be leased, or some have waited `linger` seconds.
 
-        Those of keys in `without` do not count, whatever they do.
+        It waits until there is one. Those in `without` do not count, whatever they do.
         """
 
     async def note_clock(self, boot: str, ahead: int) -> None:

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 Lane = tuple[str, str | None]
 
-# Of each project; one takes 0.5 KB, and to look through all of them takes 0.1 ms. No host's programs report
-# to so many projects.
-MOST_LANES = 1024
+# Of each project; one takes 0.5 KB, and to look through all of them takes 0.2 ms. No host's programs report
+# to so many projects. Twice as many as keys are held (`deliver.keys`), so that those keep no others out.
+MOST_LANES = 2048
 
 
 class Queue:

@@ -6,7 +6,7 @@ disk must not be written.
 
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Container, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Container, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from itertools import islice
 from typing import NoReturn
@@ -272,9 +272,9 @@ class MemoryBuffer:
 
     async def ready(
         self, project: str, events: int, linger: float, without: Container[str | None] = NOBODY
-    ) -> None:
+    ) -> Collection[str | None]:
         """See `Buffer.ready`."""
-        await self._waiting.ready(project, events, linger, without)
+        return await self._waiting.ready(project, events, linger, without)
 
     def _show(self) -> None:
         """What changed becomes visible to those who wait."""

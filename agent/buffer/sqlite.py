@@ -7,7 +7,7 @@ cancelled leaves its group intact. Nobody else ever touches the connection.
 
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Container, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Container, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from math import inf
@@ -57,9 +57,9 @@ class SqliteBuffer(Desk):
 
     async def ready(
         self, project: str, events: int, linger: float, without: Container[str | None] = NOBODY
-    ) -> None:
+    ) -> Collection[str | None]:
         """See `Buffer.ready`."""
-        await self._waiting.ready(project, events, linger, without)
+        return await self._waiting.ready(project, events, linger, without)
 
     def stats(self) -> Stats:
         """See `Buffer.stats`."""

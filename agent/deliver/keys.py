@@ -1,8 +1,8 @@
 """Which keys' events are held, why and until when: a wrong key stops its own events, and nobody else's.
 
-It promises that a held key is asked about one lease at a time, about once a minute, and that neither memory
-nor requests grow with the number of keys that clients make up. Times are seconds of one steady clock, given
-as arguments. No text of it ever holds a key.
+It promises that a held key is asked about one lease at a time, at most about once a minute, and that
+neither memory nor requests grow with the number of keys that clients make up. Times are seconds of one steady
+clock, given as arguments. No text of it ever holds a key.
 """
 
 from collections.abc import Container, Iterator
@@ -16,11 +16,16 @@ from agent.deliver.pace import Held, Hold, Uniform, silence
 # The project's own is None.
 Key = str | None
 
-# Each held key costs a request in about a minute, so these cost 4 a second. No host's programs report to so
-# many projects with a wrong key.
-MOST_HELD = 256
+# Half as many as the buffer has lanes, so that there is always one for a key that may work; one takes 0.4 KB.
+MOST_HELD = 1024
 # Keys that worked last; as many as the buffer has lanes.
-MOST_WORKED = 1024
+MOST_WORKED = 2048
+
+# Clients' keys that do not work take turns: a probe each so many seconds asks 200 of them in a minute.
+PROBE_SPACING = 0.25
+# And one at a time, or they would fill the way where answers are slow. One that takes longer than this, as
+# its batch has to be tried again, holds up no other.
+PROBE_LONGEST = 10.0
 
 
 class HeldKeys(NamedTuple):
@@ -54,6 +59,17 @@ class _AllBut(Container[Key]):
         return key in self._shut or (key is not None and key not in self._open)
 
 
+class Early(Container[Key]):
+    """The keys of which nothing is to be leased now: those that are closed, and those that are not due."""
+
+    def __init__(self, due: Container[Key], closed: Container[Key]) -> None:
+        self._due = due
+        self._closed = closed
+
+    def __contains__(self, key: object) -> bool:
+        return key not in self._due or key in self._closed
+
+
 class Keys:
     """The keys of one project's events: its own, and those that clients sent.
 
@@ -62,16 +78,20 @@ class Keys:
     lease of them goes out as a probe, and only the probe's acceptance ends the hold: whatever else comes back
     was sent before.
 
-    **Too many.** While `MOST_HELD` clients' keys are held and none of them is due, only keys that worked
-    lately are asked, beside the project's own. Any other waits for the next that is due, and takes turns with
-    those. So keys that do not work cost at most `MOST_HELD` requests in about a minute, however many there
-    are, and no key that works waits for them.
+    **Many.** The clients' keys that are due take turns, one probe at a time and one in `PROBE_SPACING`, so
+    that what cannot be delivered takes few requests from what can. A new key is asked at once.
+
+    **Too many.** While `MOST_HELD` clients' keys are held, only keys that worked lately are asked at once,
+    beside the project's own. Any other takes turns with those that are due. So keys that do not work cost
+    `MOST_HELD` requests and then one each `PROBE_SPACING`, however many there are, and no key that works
+    waits for them.
     """
 
     def __init__(self, cooldown: float) -> None:
         self._cooldown = cooldown
         self._held: dict[Key, _Held] = {}
         self._worked: dict[str, None] = {}
+        self._probed_at = self._next_turn = -inf  # of clients' keys
 
     @property
     def own(self) -> Hold | None:
@@ -105,15 +125,24 @@ class Keys:
         """The keys of which nothing may be leased now."""
         if not self._held:
             return NOBODY
-        shut = frozenset(key for key, held in self._held.items() if held.asked or held.hold.probe_at > now)
+        wait = now < self._next_turn
+        shut = frozenset(
+            key
+            for key, held in self._held.items()
+            if held.asked or held.hold.probe_at > now or (wait and key is not None)
+        )
         if len(shut) - (None in shut) < MOST_HELD:
             return shut
-        return _AllBut(shut, self._worked.keys() | (self._held.keys() - shut))
+        return _AllBut(shut, frozenset(self._worked))
 
     def next_probe(self, now: float) -> float:
         """Seconds until fewer keys are closed than now, if nothing else happens."""
-        later = (held.hold.probe_at - now for held in self._held.values() if held.hold.probe_at > now)
+        later = (at - now for at in map(self._due_at, self._held) if at > now)
         return min(later, default=inf)
+
+    def _due_at(self, key: Key) -> float:
+        """When a held key may be probed."""
+        return max(self._held[key].hold.probe_at, -inf if key is None else self._next_turn)
 
     def unwitnessed(self, key: Key) -> int:
         """How many shipments of a key found no witness, one after the other."""
@@ -122,21 +151,30 @@ class Keys:
     def need_company(self, now: float) -> bool:
         """Whether a key may be leased whose last shipment found no witness."""
         return any(
-            held.unwitnessed and not held.asked and held.hold.probe_at <= now for held in self._held.values()
+            held.unwitnessed and not held.asked and self._due_at(key) <= now
+            for key, held in self._held.items()
         )
 
     def ask(self, key: Key, now: float) -> bool:
         """Events of a key were leased: whether they may go out as a probe, which ends with `done`."""
         held = self._held.get(key)
-        if held is None or held.asked or held.hold.probe_at > now:
+        if held is None:
+            if self._is_full and key is not None and key not in self._worked:
+                self._next_turn = now + PROBE_SPACING
+            return False
+        if held.asked or self._due_at(key) > now:
             return False
         held.asked = True
+        if key is not None:
+            self._probed_at, self._next_turn = now, now + PROBE_LONGEST
         return True
 
     def done(self, key: Key) -> None:
-        """A probe is over. Where it brought nothing the next may follow at once."""
+        """A probe is over. Where it brought nothing the next may follow in its turn."""
         if key in self._held:
             self._held[key].asked = False
+        if key is not None:
+            self._next_turn = self._probed_at + PROBE_SPACING
 
     def accept(self, key: Key, *, probe: bool) -> bool:
         """Events of a key were taken: whether fewer keys are closed now."""
@@ -172,9 +210,13 @@ class Keys:
         if key is None:
             return
         self._worked.pop(key, None)
-        if len(self._held) - (None in self._held) >= MOST_HELD:
+        if self._is_full:
             first = min((key for key in self._held if key is not None), key=self._probe_at)
             del self._held[first]
+
+    @property
+    def _is_full(self) -> bool:
+        return len(self._held) - (None in self._held) >= MOST_HELD
 
     def _probe_at(self, key: Key) -> float:
         return self._held[key].hold.probe_at

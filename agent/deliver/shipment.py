@@ -31,6 +31,10 @@ from agent.events import LONG, Chunk
 # 16 requests have asked about batches of 1 % of the shipment, and not one of them was taken.
 UNWITNESSED = 16
 
+# Replayed events may all be refused again, with two requests each. After so many of a shipment the rest
+# goes to the back of the queue: new events wait 5 s where one takes 50 ms, and not for all.
+MOST_REPLAYED = 100
+
 # So often is sent again what v1 says was not stored (posthog-python tries 3 times, `posthog/capture_v1.py`);
 # what is then left goes to the back of the queue, where it holds up nobody.
 RESENDS = 3
@@ -79,7 +83,8 @@ class Shipment:
     queue it waits, asked once in a cooldown, and delays nobody.
 
     **Replayed events** were condemned beside a witness once, so they need no second one, and their refusals
-    say nothing of the others: they are asked about apart.
+    say nothing of the others: they are asked about apart. Where many are refused again, what is known after
+    `MOST_REPLAYED` requests is settled, and the rest makes way for others.
 
     **By name** v1 judges each event: what it drops is dead, what it could not store is asked about again.
 
@@ -228,6 +233,8 @@ class Shipment:
     def _next(self) -> tuple[Span, Batch] | None:
         """The next to ask about: planned spans and siblings first, then parts of the latest refused."""
         while self._ahead or self._refused:
+            if self._number >= MOST_REPLAYED and self._all_replayed:
+                return None
             if not self._ahead:
                 self._ahead.extend(self._cargo.parts(self._refused.pop()))
                 continue
@@ -250,6 +257,10 @@ class Shipment:
                 self._cargo.know(number, DEAD)
             elif self._cargo.is_known(number, SUSPECT):
                 self.hold = "rejected"
+
+    @property
+    def _all_replayed(self) -> bool:
+        return all(chunk.burials for chunk in self._cargo.chunks)
 
     def _replayed(self, number: int) -> bool:
         return bool(self._cargo.chunks[self._cargo.chunk_of(number)].burials)

@@ -1,7 +1,7 @@
 """The delivery loop: leases, shipments and verdicts of one project, at its pace."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from math import inf
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from agent.advice import AWAY, FOREIGN_KEYS, HOLDS
 from agent.buffer import Buffer, Lease, leased
 from agent.config import Project
 from agent.deliver.courier import Attempt, Courier, Posting
-from agent.deliver.keys import Key, Keys
+from agent.deliver.keys import Early, Key, Keys
 from agent.deliver.pace import Hold, Pace, Pass
 from agent.deliver.shipment import Shipment
 from agent.deliver.sizes import Sizes
@@ -150,29 +150,31 @@ class Delivery:
         """
         async with self._turn:
             while True:
-                await self._something_waits()
+                due = await self._something_waits()
                 if not await self._may_ask() or self._ending:
                     return None
                 now = trio.current_time()
                 limits = self._sizes.limits(COMPANY if self.keys.need_company(now) else 1)
-                lease = await self._buffer.take(limits, self.project.name, self.keys.closed(now))
+                closed = self.keys.closed(now)
+                without = closed if due is None else Early(due, closed)
+                lease = await self._buffer.take(limits, self.project.name, without)
                 if lease is not None:
                     return lease, self.keys.ask(lease.key, now)
                 if self._draining:
                     return None
 
-    async def _something_waits(self) -> None:
-        """Until there is something to lease of a key that is not closed."""
+    async def _something_waits(self) -> Collection[Key] | None:
+        """Until there is something to lease of keys that are not closed: which; None: of any, in draining."""
         while not self._draining:
             now = trio.current_time()
             with trio.CancelScope(deadline=now + self.keys.next_probe(now)) as self._idle:
-                await self._buffer.ready(
+                return await self._buffer.ready(
                     self.project.name,
                     self._settings.max_batch_events,
                     self._settings.linger,
                     self.keys.closed(now),
                 )
-                return
+        return None
 
     def _look_again(self) -> None:
         """Other keys are closed than a while ago, or it is no time to wait."""
