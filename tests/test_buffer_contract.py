@@ -32,11 +32,13 @@ from agent.buffer.entries import newly_dropped
 from agent.buffer.lanes import MOST_LANES
 from agent.buffer.memory import open_memory
 from agent.buffer.sqlite import open_sqlite
+from agent.clock import Clock
 from agent.events import Burial, Chunk, Tally
 from agent.metrics import Metrics
 from agent.pack import inflate
 
 ALL = Limits(10**9, 2**40)
+YEAR = 365 * 86400 * 1_000_000
 
 
 Opener = Callable[..., AbstractAsyncContextManager[Kept]]
@@ -331,6 +333,56 @@ async def test_what_is_too_old_is_shed(opened: Opener) -> None:
             found += crcs(lease)
         assert found[-2:] == [2, 3]
         await put(buffer, chunk(4))
+        assert_balanced(buffer)
+
+
+async def test_age_is_told_by_the_clock_that_nobody_sets(opened: Opener) -> None:
+    """What the wall clock showed when a chunk of this boot came makes it neither old nor young."""
+    here = Clock().now()
+    fresh = {"boot": here.boot, "monotonic": here.monotonic}
+    stale = {"boot": here.boot, "monotonic": here.monotonic - 61_000_000}
+    async with opened(max_age=60.0) as buffer:
+        await put(
+            buffer,
+            chunk(1, received_at=here.wall, **stale),
+            chunk(2, received_at=here.wall + 2 * YEAR, **stale),
+            chunk(3, received_at=100_000_000, **fresh),  # a board that boots in 1970
+            chunk(4, received_at=here.wall - 2 * YEAR, **fresh),
+            chunk(5, received_at=here.wall + 2 * YEAR, **fresh),
+        )
+        await put(buffer, chunk(6))
+        assert total(buffer, "shed", "expired") == 20
+        lease = await take(buffer)
+        assert crcs(lease) == [3, 4, 5, 6]
+        assert lease.until is not None
+        assert here.monotonic + 59_000_000 < lease.until <= here.monotonic + 60_000_000
+        assert_balanced(buffer)
+
+
+async def test_age_of_another_boots_events_is_told_by_its_clock_as_it_was_set(opened: Opener) -> None:
+    """Where that was never set no age is known, and nothing goes for one that is guessed."""
+    wall = Clock().now().wall
+    async with opened(max_age=60.0) as buffer:
+        await buffer.note_clock("set", wall - 100_000_000)
+        await buffer.note_clock("never set", 50_000_000)
+        await put(
+            buffer,
+            *[chunk(n, received_at=50_000_000 + n, boot="never set") for n in range(1, 1501)],
+            chunk(1501, received_at=20_000_000, monotonic=10_000_000, boot="set"),
+            chunk(1502, received_at=wall + 2 * YEAR, monotonic=10_000_000, boot="set"),
+            chunk(1503, received_at=20_000_000, monotonic=95_000_000, boot="set"),
+        )
+        for _ in range(3):  # each commit looks at a thousand
+            await put(buffer, chunk(1504))
+        assert total(buffer, "shed", "expired") == 20
+        assert total(buffer, "accepted") - 20 == buffer.stats().events
+        lease = await take(buffer)
+        assert {1501, 1502}.isdisjoint(crcs(lease))
+        assert {1, 1500, 1503} <= set(crcs(lease))
+        assert lease.until is not None
+        await buffer.release(lease)
+        await put(buffer, chunk(1505))
+        assert total(buffer, "shed", "expired") == 20
         assert_balanced(buffer)
 
 

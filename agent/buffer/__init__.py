@@ -112,7 +112,8 @@ MOST_BURIALS = 20
 class Lease(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """Chunks taken from the buffer and neither settled nor released; dies with the process.
 
-    At the time `until` (µs) the oldest of them reaches `max_age`: then it is to be given back, and shed.
+    At the time `until` (µs, by this boot's own clock) the oldest of them reaches `max_age`: then it is to be
+    given back, and shed.
     """
 
     project: str
@@ -302,8 +303,3 @@ async def leased(buffer: Buffer, lease: Lease) -> AsyncIterator[Lease]:
     finally:
         with trio.move_on_after(PARTING_SECONDS, shield=True):
             await buffer.release(lease)
-
-
-def too_old_at(chunks: Sequence[Chunk], max_age: int) -> int | None:
-    """When (µs) the oldest of the chunks reaches `max_age` (µs); None where 0 says that none is too old."""
-    return min(chunk.received_at for chunk in chunks) + max_age if max_age else None

@@ -4,7 +4,6 @@ It uses no thread, so that tests may let time pass by themselves; as `kind = "me
 disk must not be written.
 """
 
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Container, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -31,8 +30,8 @@ from agent.buffer import (
     Stats,
     first_of,
     revived,
-    too_old_at,
 )
+from agent.buffer.ages import Ages, stamp
 from agent.buffer.entries import entries_put, entries_settle, newly_dropped
 from agent.buffer.lanes import Lane, Lanes, Queue, Stranger
 from agent.buffer.memory_letters import MemoryLetters
@@ -52,7 +51,7 @@ class MemoryBuffer:
 
     def __init__(self, settings: config.Buffer) -> None:
         self._settings = settings
-        self._max_age = int(settings.max_age * 1_000_000)
+        self._ages = Ages(settings.max_age, self.clocks)
         self._chunks: dict[int, Chunk] = {}
         self._lines: dict[str, dict[str | None, dict[int, Chunk]]] = {}  # the same by project and key
         self._lanes = Lanes()
@@ -118,14 +117,11 @@ class MemoryBuffer:
         return self._bytes + size <= self._settings.max_size
 
     def _expire(self) -> None:
-        if not self._max_age:
+        if not self._ages.bounded:
             return
-        oldest = time.time_ns() // 1000 - self._max_age
-        for ident, chunk in list(self._chunks.items()):
-            if ident in self._lanes.leased:
-                continue
-            if chunk.received_at >= oldest:
-                break
+        after = self._ages.after
+        stamps = ((ident, stamp(one)) for ident, one in self._chunks.items() if ident > after)
+        for ident in self._ages.too_old(stamps, self._lanes.leased):
             self._shed(ident, "expired")
 
     def _shed(self, ident: int, why: str) -> None:
@@ -154,7 +150,7 @@ class MemoryBuffer:
                 chunks = tuple(self._chunks[ident] for ident in ids)
                 self._lanes.lease(lane, ids, sum(chunk.events for chunk in chunks))
                 self._show()
-                until = too_old_at(chunks, self._max_age)
+                until = self._ages.until(chunks)
                 lease = Lease(project=project, key=lane[1], chunks=chunks, ids=tuple(ids), until=until)
                 self._leases.add(lease)
                 return lease
