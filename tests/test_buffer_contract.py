@@ -5,11 +5,13 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+import structlog
 import trio
 import trio.testing
 from hypothesis import HealthCheck, given, settings
@@ -20,6 +22,7 @@ from agent.buffer import (
     CLOCKS_KEPT,
     MOST_BURIALS,
     SOCKETS_KEPT,
+    Books,
     Buffer,
     DeadEvent,
     Entry,
@@ -28,6 +31,7 @@ from agent.buffer import (
     Limits,
     leased,
 )
+from agent.buffer.dropping import QUIET_SECONDS, Dropping
 from agent.buffer.entries import newly_dropped
 from agent.buffer.lanes import MOST_LANES
 from agent.buffer.memory import open_memory
@@ -320,6 +324,37 @@ async def test_a_closed_door_gives_up_what_waits(opened: Opener) -> None:
             buffer.close_door()
         assert total(buffer, "shed", "shutdown") == 10
         assert_balanced(buffer)
+
+
+async def test_what_a_full_buffer_drops_is_told_when_it_begins(opened: Opener) -> None:
+    """One line, and how many it is so far."""
+    with structlog.testing.capture_logs() as lines:
+        async with opened(max_size=FULL, when_full="drop_newest") as buffer:
+            while await put(buffer, chunk(1, size=LARGE)):
+                assert buffer.stats().dropping == 0
+            await put(buffer, chunk(2, size=LARGE))
+            assert buffer.stats().dropping == total(buffer, "shed", "full_newest") == 20
+            assert buffer.stats().filled > 0.9
+    assert [line["event"] for line in lines] == ["the buffer is full; new events are dropped"]
+
+
+async def test_what_a_full_buffer_dropped_is_told_when_it_has_stopped_for_a_while() -> None:
+    """How many it was since it began, not since the buffer was made; and anew when it begins again."""
+    shed = Entry("shed", "app", "full_newest")
+    books = Books({shed: 7, Entry("shed", "app", "expired"): 7})
+    dropping = Dropping("drop_newest", books)
+    with structlog.testing.capture_logs() as lines:
+        for now, more in ((0, 0), (10, 5), (10 + QUIET_SECONDS - 1, 5), (20 + QUIET_SECONDS, 0)):
+            books[shed] += more
+            dropping.look(books, now)
+        assert (len(lines), dropping.events) == (1, 10)
+        dropping.look(books, dropping.due)
+        assert (lines[-1]["log_level"], lines[-1]["dropped"]) == ("info", 10)
+        assert (dropping.events, dropping.due) == (0, inf)
+        books[shed] += 1
+        dropping.look(books, 1000)
+    assert [line["log_level"] for line in lines] == ["warning", "info", "warning"]
+    assert dropping.events == 1
 
 
 async def test_what_is_too_old_is_shed(opened: Opener) -> None:

@@ -128,6 +128,7 @@ class Stats(NamedTuple):
 
     `free_bytes` is what `put` may still use; the bytes on disk do not tell, as some are free pages, and some
     of the bound is kept for `settle`. `unleased` is the events of each project that nobody has on lease.
+    `dropping` is how many events `when_full` has let go since it began to, 0 when it does not.
     """
 
     events: int
@@ -139,6 +140,13 @@ class Stats(NamedTuple):
     free_bytes: int
     waiting: int  # puts that found no room
     unleased: Mapping[str, int]
+    dropping: int = 0
+
+    @property
+    def filled(self) -> float:
+        """How much of the room for events is taken: 1 is full."""
+        room = self.bytes + self.free_bytes
+        return self.bytes / room if room else 1.0
 
 
 class Buffer(Protocol):

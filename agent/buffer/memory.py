@@ -32,6 +32,7 @@ from agent.buffer import (
     revived,
 )
 from agent.buffer.ages import Ages, stamp
+from agent.buffer.dropping import Dropping
 from agent.buffer.entries import entries_put, entries_settle, newly_dropped
 from agent.buffer.lanes import Lane, Lanes, Queue, Stranger
 from agent.buffer.memory_letters import MemoryLetters
@@ -62,6 +63,7 @@ class MemoryBuffer:
         self._clocks: dict[str, int] = {}
         self._drops: dict[str, int] = {}
         self._books: Books = Counter()
+        self._dropping = Dropping(settings.when_full, self._books)
         self._waiting = Waiting()
         self._room = trio.Event()
         self._queue = trio.StrictFIFOLock()
@@ -87,6 +89,7 @@ class MemoryBuffer:
         while not self._make_room(size):
             if self._settings.when_full == "drop_newest":
                 self._books.update(entries_put(tally, 0, events))
+                self._show()
                 return 0
             if self._closing:
                 self._books.update(entries_put(tally, 0, 0))
@@ -275,6 +278,7 @@ class MemoryBuffer:
     def _show(self) -> None:
         """What changed becomes visible to those who wait."""
         self._lanes.welcome(self._next_stranger)
+        self._dropping.look(self._books, trio.current_time())
         self._waiting.show(self._lanes.changed)
         self._lanes.changed.clear()
         self._room.set()
@@ -300,7 +304,8 @@ class MemoryBuffer:
         await trio.lowlevel.checkpoint()
 
     def stats(self) -> Stats:
-        """See `Buffer.stats`."""
+        """See `Buffer.stats`; who asks from time to time is told when it drops no more."""
+        self._dropping.look(self._books, trio.current_time())
         return Stats(
             events=sum(chunk.events for chunk in self._chunks.values()),
             bytes=sum(len(chunk.packed) for chunk in self._chunks.values()),
@@ -311,6 +316,7 @@ class MemoryBuffer:
             free_bytes=max(0, self._settings.max_size - self._bytes),
             waiting=self._callers,
             unleased=self._lanes.waiting,
+            dropping=self._dropping.events,
         )
 
     def books(self) -> Books:

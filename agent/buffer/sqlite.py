@@ -19,6 +19,7 @@ import trio
 from agent import config, crash
 from agent.buffer import NOBODY, Books, BufferBroken, BufferBusy, Stats
 from agent.buffer.desk import Asked, Desk, Group, ring
+from agent.buffer.dropping import Dropping
 from agent.buffer.file import Damage, advice, is_damage, is_full
 from agent.buffer.rows import Settlement
 from agent.buffer.store import Store
@@ -50,6 +51,7 @@ class SqliteBuffer(Desk):
         self._rescued = False  # the file was damaged, and mended, just before
         self._waiting = Waiting()
         self._surplus = Surplus()
+        self._dropping = Dropping(settings.when_full, store.books)
         self._copying = trio.Lock()  # one copy at a time: each takes as much of the disk as the buffer
         self._copy = trio.CancelScope()
         self.trouble = ""
@@ -107,7 +109,7 @@ class SqliteBuffer(Desk):
         """Until when to sleep, on trio's clock, when nobody asks for anything."""
         if self._retry_at < inf:
             return self._retry_at
-        due = self._surplus.due(self._store.free_pages)
+        due = min(self._surplus.due(self._store.free_pages), self._dropping.due)
         ages = self._settings.max_age and self._store.events
         return min(due, trio.current_time() + EXPIRY_SECONDS) if ages else due
 
@@ -234,6 +236,7 @@ class SqliteBuffer(Desk):
         """What is committed becomes visible."""
         store = self._store
         self._books: Books = store.books.copy()
+        self._dropping.look(self._books, trio.current_time())
         self._stats = Stats(
             events=store.events,
             bytes=store.bytes,
@@ -244,6 +247,7 @@ class SqliteBuffer(Desk):
             free_bytes=max(0, store.free_bytes),
             waiting=len(self._deposits) if self._full or self.trouble else 0,
             unleased=store.lanes.waiting,
+            dropping=self._dropping.events,
         )
         self._waiting.show(store.lanes.changed)
         store.lanes.changed.clear()
