@@ -14,6 +14,13 @@ HOLDS: Mapping[str, str] = {
     "unconfigured": "configure a project of that name, and they are delivered",
 }
 
+# By `when_full`: what becomes of events when the buffer is full.
+WHEN_FULL: Mapping[str, str] = {
+    "block": "senders wait",
+    "drop_oldest": "the oldest events are dropped for new ones",
+    "drop_newest": "new events are dropped",
+}
+
 # For holds of keys that clients sent.
 FOREIGN_KEYS = 'look for a wrong key in an SDK\'s configuration; keys = "configured" refuses them at the door'
 

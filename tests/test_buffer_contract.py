@@ -5,11 +5,13 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+import structlog
 import trio
 import trio.testing
 from hypothesis import HealthCheck, given, settings
@@ -20,6 +22,7 @@ from agent.buffer import (
     CLOCKS_KEPT,
     MOST_BURIALS,
     SOCKETS_KEPT,
+    Books,
     Buffer,
     DeadEvent,
     Entry,
@@ -28,15 +31,18 @@ from agent.buffer import (
     Limits,
     leased,
 )
+from agent.buffer.dropping import QUIET_SECONDS, Dropping
 from agent.buffer.entries import newly_dropped
 from agent.buffer.lanes import MOST_LANES
 from agent.buffer.memory import open_memory
 from agent.buffer.sqlite import open_sqlite
+from agent.clock import Clock
 from agent.events import Burial, Chunk, Tally
 from agent.metrics import Metrics
 from agent.pack import inflate
 
 ALL = Limits(10**9, 2**40)
+YEAR = 365 * 86400 * 1_000_000
 
 
 Opener = Callable[..., AbstractAsyncContextManager[Kept]]
@@ -320,6 +326,37 @@ async def test_a_closed_door_gives_up_what_waits(opened: Opener) -> None:
         assert_balanced(buffer)
 
 
+async def test_what_a_full_buffer_drops_is_told_when_it_begins(opened: Opener) -> None:
+    """One line, and how many it is so far."""
+    with structlog.testing.capture_logs() as lines:
+        async with opened(max_size=FULL, when_full="drop_newest") as buffer:
+            while await put(buffer, chunk(1, size=LARGE)):
+                assert buffer.stats().dropping == 0
+            await put(buffer, chunk(2, size=LARGE))
+            assert buffer.stats().dropping == total(buffer, "shed", "full_newest") == 20
+            assert buffer.stats().filled > 0.9
+    assert [line["event"] for line in lines] == ["the buffer is full; new events are dropped"]
+
+
+async def test_what_a_full_buffer_dropped_is_told_when_it_has_stopped_for_a_while() -> None:
+    """How many it was since it began, not since the buffer was made; and anew when it begins again."""
+    shed = Entry("shed", "app", "full_newest")
+    books = Books({shed: 7, Entry("shed", "app", "expired"): 7})
+    dropping = Dropping("drop_newest", books)
+    with structlog.testing.capture_logs() as lines:
+        for now, more in ((0, 0), (10, 5), (10 + QUIET_SECONDS - 1, 5), (20 + QUIET_SECONDS, 0)):
+            books[shed] += more
+            dropping.look(books, now)
+        assert (len(lines), dropping.events) == (1, 10)
+        dropping.look(books, dropping.due)
+        assert (lines[-1]["log_level"], lines[-1]["dropped"]) == ("info", 10)
+        assert (dropping.events, dropping.due) == (0, inf)
+        books[shed] += 1
+        dropping.look(books, 1000)
+    assert [line["log_level"] for line in lines] == ["warning", "info", "warning"]
+    assert dropping.events == 1
+
+
 async def test_what_is_too_old_is_shed(opened: Opener) -> None:
     """Chunks beyond `max_age` go, and are counted; younger ones stay."""
     async with opened(max_age=60.0) as buffer:
@@ -331,6 +368,56 @@ async def test_what_is_too_old_is_shed(opened: Opener) -> None:
             found += crcs(lease)
         assert found[-2:] == [2, 3]
         await put(buffer, chunk(4))
+        assert_balanced(buffer)
+
+
+async def test_age_is_told_by_the_clock_that_nobody_sets(opened: Opener) -> None:
+    """What the wall clock showed when a chunk of this boot came makes it neither old nor young."""
+    here = Clock().now()
+    fresh = {"boot": here.boot, "monotonic": here.monotonic}
+    stale = {"boot": here.boot, "monotonic": here.monotonic - 61_000_000}
+    async with opened(max_age=60.0) as buffer:
+        await put(
+            buffer,
+            chunk(1, received_at=here.wall, **stale),
+            chunk(2, received_at=here.wall + 2 * YEAR, **stale),
+            chunk(3, received_at=100_000_000, **fresh),  # a board that boots in 1970
+            chunk(4, received_at=here.wall - 2 * YEAR, **fresh),
+            chunk(5, received_at=here.wall + 2 * YEAR, **fresh),
+        )
+        await put(buffer, chunk(6))
+        assert total(buffer, "shed", "expired") == 20
+        lease = await take(buffer)
+        assert crcs(lease) == [3, 4, 5, 6]
+        assert lease.until is not None
+        assert here.monotonic + 59_000_000 < lease.until <= here.monotonic + 60_000_000
+        assert_balanced(buffer)
+
+
+async def test_age_of_another_boots_events_is_told_by_its_clock_as_it_was_set(opened: Opener) -> None:
+    """Where that was never set no age is known, and nothing goes for one that is guessed."""
+    wall = Clock().now().wall
+    async with opened(max_age=60.0) as buffer:
+        await buffer.note_clock("set", wall - 100_000_000)
+        await buffer.note_clock("never set", 50_000_000)
+        await put(
+            buffer,
+            *[chunk(n, received_at=50_000_000 + n, boot="never set") for n in range(1, 1501)],
+            chunk(1501, received_at=20_000_000, monotonic=10_000_000, boot="set"),
+            chunk(1502, received_at=wall + 2 * YEAR, monotonic=10_000_000, boot="set"),
+            chunk(1503, received_at=20_000_000, monotonic=95_000_000, boot="set"),
+        )
+        for _ in range(3):  # each commit looks at a thousand
+            await put(buffer, chunk(1504))
+        assert total(buffer, "shed", "expired") == 20
+        assert total(buffer, "accepted") - 20 == buffer.stats().events
+        lease = await take(buffer)
+        assert {1501, 1502}.isdisjoint(crcs(lease))
+        assert {1, 1500, 1503} <= set(crcs(lease))
+        assert lease.until is not None
+        await buffer.release(lease)
+        await put(buffer, chunk(1505))
+        assert total(buffer, "shed", "expired") == 20
         assert_balanced(buffer)
 
 

@@ -53,10 +53,13 @@ DOCUMENT: dict[str, Any] = {
         "events": 3,
         "disk_bytes": 2**20,
         "limit_bytes": 2**30,
+        "free_bytes": 2**29,
+        "filled": 0.25,
         "oldest_seconds": 3700.0,
         "when_full": "block",
         "dead_letters": 2,
         "waiting": 0,
+        "dropping": 0,
         "trouble": None,
     },
     "projects": [
@@ -126,7 +129,8 @@ def test_each_hold_says_why_and_what_to_do(reason: str) -> None:
     [
         ({"buffer__trouble": "disk I/O error"}, "bad", "cannot be written"),
         ({"buffer__waiting": 4}, "bad", "is full"),
-        ({"buffer__disk_bytes": 2**30 - 1}, "warn", "almost full"),
+        ({"buffer__filled": 0.9}, "warn", "almost full"),
+        ({"buffer__dropping": 4, "buffer__when_full": "drop_newest"}, "bad", "new events are dropped"),
         ({"state": "stopping"}, "warn", "is stopping"),
         ({"project__next_try_seconds": 2.0}, "warn", "waits between two tries"),
         ({"project__clock_ahead_seconds": 61.0}, "warn", "clock is ahead of"),
@@ -146,7 +150,7 @@ def test_concerns(changes: dict[str, Any], level: str, words: str) -> None:
 
 def test_the_worst_stands_first() -> None:
     """A hold stands before a warning."""
-    found = concerns(document(buffer__disk_bytes=2**30 - 1, project__held=HELD))
+    found = concerns(document(buffer__filled=0.9, project__held=HELD))
     assert [concern.level for concern in found] == ["bad", "warn"]
 
 

@@ -112,7 +112,8 @@ MOST_BURIALS = 20
 class Lease(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """Chunks taken from the buffer and neither settled nor released; dies with the process.
 
-    At the time `until` (µs) the oldest of them reaches `max_age`: then it is to be given back, and shed.
+    At the time `until` (µs, by this boot's own clock) the oldest of them reaches `max_age`: then it is to be
+    given back, and shed.
     """
 
     project: str
@@ -127,6 +128,7 @@ class Stats(NamedTuple):
 
     `free_bytes` is what `put` may still use; the bytes on disk do not tell, as some are free pages, and some
     of the bound is kept for `settle`. `unleased` is the events of each project that nobody has on lease.
+    `dropping` is how many events `when_full` has let go since it began to, 0 when it does not.
     """
 
     events: int
@@ -138,6 +140,13 @@ class Stats(NamedTuple):
     free_bytes: int
     waiting: int  # puts that found no room
     unleased: Mapping[str, int]
+    dropping: int = 0
+
+    @property
+    def filled(self) -> float:
+        """How much of the room for events is taken: 1 is full."""
+        room = self.bytes + self.free_bytes
+        return self.bytes / room if room else 1.0
 
 
 class Buffer(Protocol):
@@ -302,8 +311,3 @@ async def leased(buffer: Buffer, lease: Lease) -> AsyncIterator[Lease]:
     finally:
         with trio.move_on_after(PARTING_SECONDS, shield=True):
             await buffer.release(lease)
-
-
-def too_old_at(chunks: Sequence[Chunk], max_age: int) -> int | None:
-    """When (µs) the oldest of the chunks reaches `max_age` (µs); None where 0 says that none is too old."""
-    return min(chunk.received_at for chunk in chunks) + max_age if max_age else None

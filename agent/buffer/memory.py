@@ -4,7 +4,6 @@ It uses no thread, so that tests may let time pass by themselves; as `kind = "me
 disk must not be written.
 """
 
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Collection, Container, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -31,8 +30,9 @@ from agent.buffer import (
     Stats,
     first_of,
     revived,
-    too_old_at,
 )
+from agent.buffer.ages import Ages, stamp
+from agent.buffer.dropping import Dropping
 from agent.buffer.entries import entries_put, entries_settle, newly_dropped
 from agent.buffer.lanes import Lane, Lanes, Queue, Stranger
 from agent.buffer.memory_letters import MemoryLetters
@@ -52,7 +52,7 @@ class MemoryBuffer:
 
     def __init__(self, settings: config.Buffer) -> None:
         self._settings = settings
-        self._max_age = int(settings.max_age * 1_000_000)
+        self._ages = Ages(settings.max_age, self.clocks)
         self._chunks: dict[int, Chunk] = {}
         self._lines: dict[str, dict[str | None, dict[int, Chunk]]] = {}  # the same by project and key
         self._lanes = Lanes()
@@ -63,6 +63,7 @@ class MemoryBuffer:
         self._clocks: dict[str, int] = {}
         self._drops: dict[str, int] = {}
         self._books: Books = Counter()
+        self._dropping = Dropping(settings.when_full, self._books)
         self._waiting = Waiting()
         self._room = trio.Event()
         self._queue = trio.StrictFIFOLock()
@@ -88,6 +89,7 @@ class MemoryBuffer:
         while not self._make_room(size):
             if self._settings.when_full == "drop_newest":
                 self._books.update(entries_put(tally, 0, events))
+                self._show()
                 return 0
             if self._closing:
                 self._books.update(entries_put(tally, 0, 0))
@@ -118,14 +120,11 @@ class MemoryBuffer:
         return self._bytes + size <= self._settings.max_size
 
     def _expire(self) -> None:
-        if not self._max_age:
+        if not self._ages.bounded:
             return
-        oldest = time.time_ns() // 1000 - self._max_age
-        for ident, chunk in list(self._chunks.items()):
-            if ident in self._lanes.leased:
-                continue
-            if chunk.received_at >= oldest:
-                break
+        after = self._ages.after
+        stamps = ((ident, stamp(one)) for ident, one in self._chunks.items() if ident > after)
+        for ident in self._ages.too_old(stamps, self._lanes.leased):
             self._shed(ident, "expired")
 
     def _shed(self, ident: int, why: str) -> None:
@@ -154,7 +153,7 @@ class MemoryBuffer:
                 chunks = tuple(self._chunks[ident] for ident in ids)
                 self._lanes.lease(lane, ids, sum(chunk.events for chunk in chunks))
                 self._show()
-                until = too_old_at(chunks, self._max_age)
+                until = self._ages.until(chunks)
                 lease = Lease(project=project, key=lane[1], chunks=chunks, ids=tuple(ids), until=until)
                 self._leases.add(lease)
                 return lease
@@ -279,6 +278,7 @@ class MemoryBuffer:
     def _show(self) -> None:
         """What changed becomes visible to those who wait."""
         self._lanes.welcome(self._next_stranger)
+        self._dropping.look(self._books, trio.current_time())
         self._waiting.show(self._lanes.changed)
         self._lanes.changed.clear()
         self._room.set()
@@ -304,7 +304,8 @@ class MemoryBuffer:
         await trio.lowlevel.checkpoint()
 
     def stats(self) -> Stats:
-        """See `Buffer.stats`."""
+        """See `Buffer.stats`; who asks from time to time is told when it drops no more."""
+        self._dropping.look(self._books, trio.current_time())
         return Stats(
             events=sum(chunk.events for chunk in self._chunks.values()),
             bytes=sum(len(chunk.packed) for chunk in self._chunks.values()),
@@ -315,6 +316,7 @@ class MemoryBuffer:
             free_bytes=max(0, self._settings.max_size - self._bytes),
             waiting=self._callers,
             unleased=self._lanes.waiting,
+            dropping=self._dropping.events,
         )
 
     def books(self) -> Books:

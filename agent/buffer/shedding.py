@@ -2,14 +2,16 @@
 
 import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 from agent import crash
 from agent.buffer import Entry, Shed, evidence
+from agent.buffer.ages import Ages
 from agent.buffer.file import PAGE_BYTES, Damage, Room
 from agent.buffer.lanes import Lane, Lanes
-from agent.buffer.rows import DELETE_CHUNK, INDEXED, OLDEST, ROW_BYTES, Change
-from agent.events import label_of
+from agent.buffer.rows import DELETE_CHUNK, INDEXED, OLDEST, ROW_BYTES, STAMPS, Change
+from agent.events import Instant, label_of
 
 
 class Shedding:
@@ -23,14 +25,14 @@ class Shedding:
         room: Room,
         *,
         drop_oldest: bool,
-        max_age: int,
+        ages: Ages,
     ) -> None:
         self._path = path
         self._connection = connection
         self._lanes = lanes
         self._room = room
         self._drop_oldest = drop_oldest
-        self._max_age = max_age
+        self._ages = ages
         self._evidence = bool(evidence.kept(path))
 
     def make_room(self, size: int, change: Change) -> bool:
@@ -43,7 +45,7 @@ class Shedding:
             return True
         if not self._drop_oldest:
             return False
-        for ident, lane, _ in list(self._waiting_rows(limit=-1 if missing > self._room.group else 4096)):
+        for ident, lane in list(self._waiting_rows(limit=-1 if missing > self._room.group else 4096)):
             missing -= self.shed(lane, ident, "full_oldest", change) + ROW_BYTES
             crash.point("shed.oldest")
             if missing <= 0 and size <= self.free():
@@ -56,12 +58,12 @@ class Shedding:
         free = self._connection.execute("PRAGMA freelist_count").fetchone()[0]
         return int(self._room.data - (pages - free) * PAGE_BYTES)
 
-    def _waiting_rows(self, limit: int) -> Iterator[tuple[int, Lane, int]]:
-        """The oldest chunks that are not on lease, and when they came."""
+    def _waiting_rows(self, limit: int) -> Iterator[tuple[int, Lane]]:
+        """The oldest chunks that are not on lease."""
         leased = self._lanes.leased
-        for ident, project, key, received_at in self._connection.execute(f"{OLDEST} LIMIT ?", (limit,)):
+        for ident, project, key in self._connection.execute(f"{OLDEST} LIMIT ?", (limit,)):
             if ident not in leased:
-                yield ident, (project, key), received_at
+                yield ident, (project, key)
 
     def shed(self, lane: Lane, ident: int, why: Shed, change: Change) -> int:
         """Let a chunk go; how many bytes it had. The index tells that, also of a damaged row."""
@@ -78,12 +80,19 @@ class Shedding:
         change.lanes.append(lambda: self._lanes.drop(lane, ident, events))
         return int(size)
 
-    def expire(self, now: int, change: Change) -> None:
-        """Shed what is older than `max_age`; chunks lie about in the order of their age."""
-        if not self._max_age:
+    def expire(self, change: Change) -> None:
+        """Shed what is older than `max_age`."""
+        if not self._ages.bounded:
             return
-        for ident, lane, received_at in list(self._waiting_rows(limit=1024)):
-            if received_at >= now - self._max_age:
-                break
-            self.shed(lane, ident, "expired", change)
+        lanes: dict[int, Lane] = {}
+
+        def stamps() -> Iterator[tuple[int, Instant]]:
+            for ident, project, key, *stamped in rows:
+                lanes[ident] = (project, key)
+                yield ident, Instant(*stamped)
+
+        with closing(self._connection.execute(STAMPS, (self._ages.after,))) as rows:
+            too_old = self._ages.too_old(stamps(), self._lanes.leased)
+        for ident in too_old:
+            self.shed(lanes[ident], ident, "expired", change)
             crash.point("shed.expired")

@@ -19,6 +19,7 @@ import trio
 from agent import config, crash
 from agent.buffer import NOBODY, Books, BufferBroken, BufferBusy, Stats
 from agent.buffer.desk import Asked, Desk, Group, ring
+from agent.buffer.dropping import Dropping
 from agent.buffer.file import Damage, advice, is_damage, is_full
 from agent.buffer.rows import Settlement
 from agent.buffer.store import Store
@@ -50,6 +51,7 @@ class SqliteBuffer(Desk):
         self._rescued = False  # the file was damaged, and mended, just before
         self._waiting = Waiting()
         self._surplus = Surplus()
+        self._dropping = Dropping(settings.when_full, store.books)
         self._copying = trio.Lock()  # one copy at a time: each takes as much of the disk as the buffer
         self._copy = trio.CancelScope()
         self.trouble = ""
@@ -99,7 +101,7 @@ class SqliteBuffer(Desk):
             if trio.current_time() >= self._retry_at:
                 self._full, self._retry_at = False, inf
             with trio.CancelScope(shield=True):  # what was taken off the queues is done
-                await self.serve_group(now=time.time_ns() // 1000)
+                await self.serve_group()
             if pages := self._surplus.step(self._store.free_pages, trio.current_time()):
                 await self._in_thread(partial(self._store.give_back_pages, pages))
 
@@ -107,14 +109,14 @@ class SqliteBuffer(Desk):
         """Until when to sleep, on trio's clock, when nobody asks for anything."""
         if self._retry_at < inf:
             return self._retry_at
-        due = self._surplus.due(self._store.free_pages)
+        due = min(self._surplus.due(self._store.free_pages), self._dropping.due)
         ages = self._settings.max_age and self._store.events
         return min(due, trio.current_time() + EXPIRY_SECONDS) if ages else due
 
-    async def serve_group(self, now: int) -> None:
-        """Do all that is asked at this moment (µs), or as much as one transaction should hold."""
+    async def serve_group(self) -> None:
+        """Do all that is asked at this moment, or as much as one transaction should hold."""
         group = self._next_group()
-        await self._in_thread(partial(self._work, group, now, closing=self._closing))
+        await self._in_thread(partial(self._work, group, closing=self._closing))
         if group.damage:
             self._takings = [asked for asked in group.takings if asked.what.lease is None] + self._takings
             group.takings = [asked for asked in group.takings if asked.what.lease is not None]
@@ -147,13 +149,13 @@ class SqliteBuffer(Desk):
                 self._bell.set()
             asked.done.set()
 
-    def _work(self, group: Group, now: int, *, closing: bool) -> None:
+    def _work(self, group: Group, *, closing: bool) -> None:
         """In the worker thread: do it, and where the file turns out to be damaged, have it mended.
 
         What was not done is then asked again.
         """
         try:
-            self._do(group, now, closing=closing)
+            self._do(group, closing=closing)
         except sqlite3.Error as error:
             if not is_damage(error) or self._rescued:
                 raise
@@ -171,7 +173,7 @@ class SqliteBuffer(Desk):
             ) from error
         self._lost = False
 
-    def _do(self, group: Group, now: int, *, closing: bool) -> None:
+    def _do(self, group: Group, *, closing: bool) -> None:
         """Write, then read. Raises sqlite3.Error where the file is damaged."""
         started = time.perf_counter()
         settlements = [asked.what for asked in group.settlements]
@@ -180,14 +182,14 @@ class SqliteBuffer(Desk):
             group.error, deposits = NO_RESERVE, []
         try:
             if settlements or deposits or self._settings.max_age:
-                self._store.commit(settlements, deposits, now=now, closing=closing)
+                self._store.commit(settlements, deposits, closing=closing)
             group.settled = True
         except sqlite3.Error as error:
             if is_damage(error) or (not self.trouble and self._store.is_torn(error)):
                 raise Damage(str(error)) from error
             group.error = str(error)
             if settlements:
-                self._settle_alone(group, settlements, now)
+                self._settle_alone(group, settlements)
         if (settlements or group.deposits) and (group.error or not self._store.reserve.held):
             self._store.give_back_room()
         group.seconds = time.perf_counter() - started
@@ -215,11 +217,11 @@ class SqliteBuffer(Desk):
             errand.what.done = True
         self._store.welcome()
 
-    def _settle_alone(self, group: Group, settlements: Sequence[Settlement], now: int) -> None:
+    def _settle_alone(self, group: Group, settlements: Sequence[Settlement]) -> None:
         """Deliveries must go on when there is no room for what comes in: they are what makes room."""
         for last in (False, True):
             try:
-                self._store.commit(settlements, (), now=now, closing=False)
+                self._store.commit(settlements, (), closing=False)
                 group.settled = True
             except sqlite3.Error as error:
                 if is_damage(error):
@@ -234,6 +236,7 @@ class SqliteBuffer(Desk):
         """What is committed becomes visible."""
         store = self._store
         self._books: Books = store.books.copy()
+        self._dropping.look(self._books, trio.current_time())
         self._stats = Stats(
             events=store.events,
             bytes=store.bytes,
@@ -244,6 +247,7 @@ class SqliteBuffer(Desk):
             free_bytes=max(0, store.free_bytes),
             waiting=len(self._deposits) if self._full or self.trouble else 0,
             unleased=store.lanes.waiting,
+            dropping=self._dropping.events,
         )
         self._waiting.show(store.lanes.changed)
         store.lanes.changed.clear()
@@ -302,7 +306,7 @@ class SqliteBuffer(Desk):
         self._copy.cancel()
         await self._copying.acquire()  # for good: of a closed file there is no copy
         if (self._deposits or self._settlements or self._releases or self._errands) and not self._lost:
-            await self.serve_group(now=time.time_ns() // 1000)
+            await self.serve_group()
         try:
             await self._in_thread(partial(self._store.close))
         except sqlite3.Error as error:

@@ -8,7 +8,8 @@ from pathlib import Path
 import structlog
 
 from agent import config, crash
-from agent.buffer import Entry, Lease, Replayed, revived, too_old_at
+from agent.buffer import Entry, Lease, Replayed, revived
+from agent.buffer.ages import Ages
 from agent.buffer.copies import Copies
 from agent.buffer.entries import entries_put, entries_settle
 from agent.buffer.file import Damage, Ownership, Room, close_beside_log, disk_bytes
@@ -47,7 +48,7 @@ class Store:
         self.room = Room.of(settings.max_size)
         self.max_size = settings.max_size
         self._when_full = settings.when_full
-        self._max_age = int(settings.max_age * 1_000_000)
+        self._max_age = settings.max_age
         self._full = settings.durability == "full"
         self.reserve = Reserve(path, self.room.reserve)
         self._leases: set[Lease] = set()  # neither settled nor released
@@ -80,13 +81,14 @@ class Store:
             before = [row[0] for row in self._connection.execute(IDS_UPTO, (*lane, max(ids)))]
             events = sum(chunk.events for lease in leases for chunk in lease.chunks)
             self.lanes.recall(lane, ids, events, [ident for ident in before if ident not in ids])
+        self._ages = Ages(self._max_age, lambda: self.notes.clocks)
         self._shedding = Shedding(
             self.path,
             self._connection,
             self.lanes,
             self.room,
             drop_oldest=self._when_full == "drop_oldest",
-            max_age=self._max_age,
+            ages=self._ages,
         )
         self._look_around()
 
@@ -121,13 +123,13 @@ class Store:
     # --- one transaction -------------------------------------------------------------------------
 
     def commit(
-        self, settlements: Sequence[Settlement], deposits: Sequence[Deposit], *, now: int, closing: bool
+        self, settlements: Sequence[Settlement], deposits: Sequence[Deposit], *, closing: bool
     ) -> None:
-        """All of it or, when it raises sqlite3.Error, nothing of it. `now` is in microseconds."""
+        """All of it or, when it raises sqlite3.Error, nothing of it."""
         with self._transaction() as change:
             for settlement in settlements:
                 self._settle(settlement, change)
-            self._shedding.expire(now, change)
+            self._shedding.expire(change)
             taken = self._deposit_all(deposits, change, closing=closing)
         for deposit, count in zip(deposits, taken, strict=True):
             deposit.taken = count
@@ -220,7 +222,7 @@ class Store:
                 continue
             whole = tuple(chunk for chunk in chunks if chunk is not None)
             self.lanes.lease(lane, ids, sum(chunk.events for chunk in whole))
-            until = too_old_at(whole, self._max_age)
+            until = self._ages.until(whole)
             taking.lease = Lease(project=lane[0], key=lane[1], chunks=whole, ids=tuple(ids), until=until)
             self._leases.add(taking.lease)
             crash.point("take.found")

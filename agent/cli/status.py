@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from agent.advice import WHEN_FULL
 from agent.cli.options import config_option
 from agent.cli.reach import ask_status, find_socket, no_permission, not_running, silent
 from agent.units import format_age
@@ -93,15 +94,18 @@ def _sources(sources: list[Document]) -> "Any":  # rich's Table; rich is loaded 
 
 
 def buffer_lines(buffer: Document) -> Iterator[str]:
-    share = buffer["disk_bytes"] / buffer["limit_bytes"] if buffer["limit_bytes"] else 0
     oldest = f", the oldest {format_age(buffer['oldest_seconds'])} old" if buffer["oldest_seconds"] else ""
     dead = f", {buffer['dead_letters']:,} dead letters" if buffer["dead_letters"] else ""
-    size = f"{buffer['disk_bytes'] / 2**20:,.1f} of {buffer['limit_bytes'] / 2**20:,.0f} MiB ({share:.0%})"
+    # An agent that is older than this command does not say how full it is.
+    filled = f", {buffer['filled']:.0%} full" if "filled" in buffer else ""
+    size = f"{buffer['disk_bytes'] / 2**20:,.1f} of {buffer['limit_bytes'] / 2**20:,.0f} MiB{filled}"
     yield f"[bold]buffer[/] {buffer['events']:,} events{oldest}, {size}{dead}"
     if buffer["trouble"]:
         yield f"[red]the buffer cannot be written: {buffer['trouble']}[/]; senders wait"
     elif buffer["waiting"]:
         yield f"[yellow]{buffer['waiting']} puts wait for room[/]"
+    elif dropped := buffer.get("dropping"):
+        yield f"[red]the buffer is full, and {WHEN_FULL[buffer['when_full']]}[/]: {dropped:,} so far"
 
 
 def project_lines(project: Document, escape: Any) -> Iterator[str]:

@@ -238,7 +238,7 @@ class Delivery:
     async def _admitted(self, lease: Lease, *, probe: bool) -> Pass | None:
         """Leave for one request; None when the key is held, or the draining or the time is over before."""
         while True:
-            left = inf if lease.until is None else (lease.until - self._now().wall) / 1_000_000
+            left = inf if lease.until is None else (lease.until - self._now().monotonic) / 1_000_000
             if left <= 0 or (self.keys.is_held(lease.key) and not probe):
                 return None
             leave = self.pace.admit(trio.current_time())
@@ -258,7 +258,7 @@ class Delivery:
 
     async def _rested(self, seconds: float, until: int | None) -> bool:
         """Let a batch rest before it is asked about again; False where there is no time for that."""
-        left = inf if until is None else (until - self._now().wall) / 1_000_000
+        left = inf if until is None else (until - self._now().monotonic) / 1_000_000
         if left <= 0 or (self._draining and seconds > DRAIN_PATIENCE):
             return False
         with trio.move_on_after(min(seconds, left)):

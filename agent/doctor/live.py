@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from agent import __version__
-from agent.advice import AWAY, FOREIGN_KEYS, HOLDS
+from agent.advice import AWAY, FOREIGN_KEYS, HOLDS, WHEN_FULL
 from agent.config import Config
 from agent.doctor.finding import Finding, error, ok, warning
 
@@ -46,11 +46,14 @@ def _buffer(config: Config, buffer: Status) -> Iterator[Finding]:
         yield error(
             "buffer", where, what, "make room on the disk, or mend it; the agent tries again every second"
         )
-    share = buffer["disk_bytes"] / buffer["limit_bytes"] if buffer["limit_bytes"] else 0.0
-    holds = f"{buffer['events']:,} events wait, {share:.0%} of max_size is used"
+    share = buffer.get("filled", 0.0)  # an agent that is older than this command does not say it
+    holds = f"{buffer['events']:,} events wait, {share:.0%} of the room for them is used"
     hint = "see why nothing is delivered (below), or raise buffer.max_size"
     if buffer["waiting"] and not buffer["trouble"]:
         yield error("buffer", where, f"it is full, and {buffer['waiting']} puts wait for room; {holds}", hint)
+    elif (dropped := buffer.get("dropping")) and not buffer["trouble"]:
+        what = f"it is full, and {WHEN_FULL[buffer['when_full']]}: {dropped:,} so far; {holds}"
+        yield error("buffer", where, what, hint)
     elif share >= NEARLY_FULL:
         yield warning("buffer", where, holds, hint)
     elif not buffer["trouble"]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
+from agent.advice import WHEN_FULL
 from agent.units import format_age
 
 # The document is the agent's own: its fields are what `agent/status.py` says.
@@ -87,21 +88,21 @@ def concerns(document: Document) -> list[Concern]:
 
 
 def _of_buffer(buffer: Document) -> Iterator[Concern]:
-    share = buffer["disk_bytes"] / buffer["limit_bytes"] if buffer["limit_bytes"] else 0.0
+    share = buffer["filled"]
     if buffer["trouble"]:
         todo = "Senders wait, and nothing acknowledged is lost. Look at the disk: its space, inodes, log."
         yield Concern("bad", "The buffer cannot be written", "", buffer["trouble"], todo)
     elif buffer["waiting"]:
         todo = "Senders wait until events are delivered. Mend what holds delivery, or raise buffer.max_size."
         yield Concern("bad", "The buffer is full", "", f"{buffer['waiting']:,} puts wait for room", todo)
+    elif buffer["dropping"]:
+        todo = "They are lost. Mend what holds delivery, or raise buffer.max_size."
+        what = f"The buffer is full, and {WHEN_FULL[buffer['when_full']]}"
+        yield Concern("bad", what, "", f"{buffer['dropping']:,} events so far", todo)
     elif share >= FULL_SHARE:
-        then = {
-            "block": "senders wait",
-            "drop_oldest": "the oldest events are dropped",
-            "drop_newest": "new events are dropped",
-        }[buffer["when_full"]]
+        then = WHEN_FULL[buffer["when_full"]]
         todo = f"When it is full, {then}. Mend what holds delivery, or raise buffer.max_size."
-        yield Concern("warn", "The buffer is almost full", "", f"{share:.0%} of its bound", todo)
+        yield Concern("warn", "The buffer is almost full", "", f"{share:.0%} of its room", todo)
 
 
 def _of_project(project: Document) -> Iterator[Concern]:

@@ -71,16 +71,15 @@ def _concern(concern: Concern) -> Html:
 def _tiles(document: Document, history: Document) -> Html:
     buffer = document["buffer"]
     limit, disk, oldest = buffer["limit_bytes"], buffer["disk_bytes"], buffer["oldest_seconds"]
-    meter = (
-        f'<meter min="0" max="{limit}" high="{int(limit * 0.8)}" value="{disk}" aria-hidden="true"></meter>'
-    )
-    size = Html(f"{meter} {disk / limit if limit else 0:.0%}")
+    filled = buffer["filled"]
+    meter = f'<meter min="0" max="1" high="0.8" value="{filled}" aria-hidden="true"></meter>'
+    size = Html(f"{meter} {filled:.0%}")
     shown: tuple[tuple[str, Content, str], ...] = (
         ("In", _rate(history["in_per_second"]), "events per second"),
         ("Out", _rate(history["out_per_second"]), "events per second"),
         ("Waiting", buffer["events"], "events in the buffer"),
         ("Oldest", "none" if oldest is None else format_age(oldest), "since it was received"),
-        ("Space used", size, f"{disk / 2**20:,.1f} of {limit / 2**20:,.0f} MiB"),
+        ("Full", size, f"{disk / 2**20:,.1f} of {limit / 2**20:,.0f} MiB on disk"),
         ("Dead letters", buffer["dead_letters"], "kept, refused by PostHog"),
     )
     return joined(

@@ -184,6 +184,37 @@ async def test_a_full_buffer_and_a_stop(tmp_path: Path) -> None:
             assert status["books"]["delivered"] >= flood.accepted
 
 
+@pytest.mark.parametrize(
+    ("when_full", "words"),
+    [
+        ("drop_oldest", "the oldest events are dropped for new ones"),
+        ("drop_newest", "new events are dropped"),
+    ],
+)
+async def test_a_full_buffer_that_drops_says_so(tmp_path: Path, when_full: str, words: str) -> None:
+    """Once in the log, and as long as it does it in what the commands say; senders notice nothing of it."""
+    sink = Sink(script=lambda _request: Reply(503))
+    more = f'[buffer]\npath = "{tmp_path}/buffer.db"\nmax_size = "16 MiB"\nwhen_full = "{when_full}"'
+    async with serving(sink) as url, trio.open_nursery() as nursery:
+        config = configure(tmp_path, url, more)
+        async with running(config) as agent:
+            status = await agent.status()
+            assert (status["buffer"]["dropping"], status["buffer"]["filled"]) == (0, 0)
+            nursery.start_soon(Flood().run, agent.stream)
+            with trio.fail_after(60):
+                while not (status := await agent.status())["buffer"]["dropping"]:
+                    await trio.sleep(0.05)
+            nursery.cancel_scope.cancel()
+            with trio.CancelScope(shield=True):
+                assert status["buffer"]["filled"] > 0.9
+                assert f"the buffer is full, and {words}" in run("status", "--config", str(config)).stdout
+                assert f"it is full, and {words}" in run("doctor", "--config", str(config)).stdout
+                assert agent.log().count(f"the buffer is full; {words}") == 1
+                status = await agent.status()
+                assert status["buffer"]["dropping"] == sum(status["books"]["shed"].values())
+                assert status["books"]["balanced"]
+
+
 async def test_events_grow_too_old_during_an_outage(tmp_path: Path) -> None:
     """`max_age` holds for those that a worker tries to deliver all the while."""
     sink = Sink(script=lambda _request: Reply(503))

@@ -24,9 +24,9 @@ LANES: tuple[Lane, ...] = (("one", None), ("one", "a"), ("one", "b"), ("two", No
 # An event that the buffer has taken is in one of these, and in no other.
 Place = Literal["waiting", "leased", "dead", "delivered", "shed", "forgotten"]
 
-# What `max_age` is in the tests, and the time of a chunk that is older, in microseconds.
+# What `max_age` is in the tests, and the boot of chunks that are older.
 MAX_AGE = 3600.0
-STALE = 1
+STALE = "long ago"
 
 
 @lru_cache(4096)
@@ -245,7 +245,7 @@ class Ledger:
         assert self._sheds, f"events {gone} are lost"
         for number in gone:
             origin = self.origins[number]
-            assert not self.expires or origin.received_at == STALE, "a young event was shed"
+            assert not self.expires or origin.boot == STALE, "a young event was shed"
             self._book("shed", label_of(origin.project, origin.key), self._sheds, 1)
         shed = {ident for ident, one in self.rows.items() if not gone.isdisjoint(self.numbers(one))}
         assert shed.isdisjoint(spared), "a leased chunk was shed"
@@ -287,7 +287,7 @@ class Ledger:
             assert mine == sorted(fresh)[: len(mine)], "a younger chunk was leased first"
             self.tried |= set(lease.ids)
             first = min(ident for ident in seen.rows if ident not in others)
-            assert seen.rows[first].received_at != STALE or not self.expires, "what is too old was leased"
+            assert seen.rows[first].boot != STALE or not self.expires, "what is too old was leased"
         for project, without in self.refusals:
             for ident, one in seen.rows.items():
                 withheld = one.project == project and one.key not in without

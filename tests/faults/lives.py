@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import msgspec
 import trio
 import trio.testing
-from ledger import LANES, STALE, Ledger, Put, Seen, event, packed
+from ledger import LANES, MAX_AGE, STALE, Ledger, Put, Seen, event, packed
 from test_buffer_contract import assert_balanced
 
 from agent import config
@@ -21,7 +21,8 @@ from agent.buffer import DeadEvent, Kept, Lease, Limits
 from agent.buffer.memory import open_memory
 from agent.buffer.sqlite import open_sqlite
 from agent.buffer.store import Store
-from agent.events import Chunk, Tally
+from agent.clock import Clock
+from agent.events import Chunk, Instant, Tally
 from agent.metrics import Metrics
 
 MIB = 2**20
@@ -250,13 +251,16 @@ class Lived:
     def _chunk(self, lane: int, events: int, stale: bool) -> Chunk:
         project, key = LANES[lane]
         number = next(self._events)
+        stamped = CAME[number % len(CAME)](number)
+        if stale and self.way.max_age:
+            stamped = Instant(NOW - int(2 * MAX_AGE * 1_000_000) + number, number, STALE)
         return msgspec.convert(
             {
                 "project": project,
                 "key": key,
-                "received_at": STALE if stale and self.way.max_age else NOW + number,
-                "boot": "b",
-                "monotonic": number,
+                "received_at": stamped.wall,
+                "boot": stamped.boot,
+                "monotonic": stamped.monotonic,
                 **packed([number, *(next(self._events) for _ in range(events - 1))], self.way.pad),
             },
             Chunk,
@@ -374,7 +378,15 @@ class Lived:
         """There is nothing to do it with."""
 
 
+_, UP, BOOT = Clock().now()
 NOW = time.time_ns() // 1000
+
+# When chunks came that nobody may take for too old.
+CAME: tuple[Callable[[int], Instant], ...] = (
+    lambda number: Instant(NOW + number, number, "another"),
+    lambda number: Instant(number, UP + number, BOOT),  # the clock was set since, in the same boot
+    lambda number: Instant(number, number, "never set"),
+)
 
 
 def _image(folder: Path) -> Image:
