@@ -194,11 +194,21 @@ def connect(path: Path, *, full: bool, room: Room) -> sqlite3.Connection:
             migrate(connection)
             crash.point("migrate.numbered")
             connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            _write_back(connection)
     except BaseException:
         close_beside_log(connection, path)
         raise
     sync_folder(path)
     return connection
+
+
+def _write_back(connection: sqlite3.Connection) -> None:
+    """Have the tables in the database itself before an event is: else its log alone says what it is."""
+    try:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    except sqlite3.OperationalError as error:
+        if not is_full(error):  # a full disk takes no event, and the next checkpoint does it
+            raise
 
 
 def close_beside_log(connection: sqlite3.Connection, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import struct
+import sys
 from typing import NamedTuple
 
 from agent.buffer.file import PAGE_BYTES
@@ -35,27 +36,41 @@ class Log:
 
     def __init__(self, descriptor: int) -> None:
         header = os.pread(descriptor, HEADER, 0)
-        first = os.pread(descriptor, FRAME, HEADER)
         self._descriptor = descriptor
         self._words, self.page_bytes = "<", PAGE_BYTES
         self.sound = False  # the header is
         if len(header) == HEADER:
             magic, _, said = struct.unpack_from(">III", header)
             self._words = ">" if magic == MAGIC + 1 else "<"
-            self.sound = is_page_size(said) and header[24:] == struct.pack(
-                ">II", *self._sum(header[:24], 0, 0)
+            self.sound = (
+                magic in (MAGIC, MAGIC + 1)
+                and is_page_size(said)
+                and header[24:] == struct.pack(">II", *self._sum(header[:24], 0, 0))
             )
             self.page_bytes = said if self.sound else PAGE_BYTES
-        self._salts = header[16:24] if self.sound else first[8:16]
         self._sums = header[24:].ljust(8, b"\0")
         self._frame = FRAME + self.page_bytes
         size = os.fstat(descriptor).st_size
-        self._count = max(0, size - HEADER) // self._frame
+        self.count = max(0, size - HEADER) // self._frame
+        if not self.sound:  # this machine wrote it
+            self._words = "<" if sys.byteorder == "little" else ">"
+        self._salts = header[16:24] if self.sound else self._salts_of_first()
+
+    def _salts_of_first(self) -> bytes:
+        """Those of the first frame that is as it was written: a hole may have taken more than the header."""
+        one, two = struct.unpack(">II", self._sums)
+        for number in range(self.count):
+            frame = os.pread(self._descriptor, self._frame, HEADER + number * self._frame)
+            summed = self._sum(frame[:8] + frame[FRAME:], one, two)
+            one, two = struct.unpack_from(">II", frame, 16)
+            if summed == (one, two) and frame[:4] != bytes(4):
+                return frame[8:16]
+        return os.pread(self._descriptor, 8, HEADER + 8)
 
     def commits(self) -> list[int]:
         """Behind how many frames each commit is, by what stands in their heads alone: cheap."""
         found = []
-        for number in range(self._count):
+        for number in range(self.count):
             head = os.pread(self._descriptor, FRAME, HEADER + number * self._frame)
             if head[8:16] == self._salts and head[4:8] != bytes(4):
                 found.append(number + 1)
@@ -65,7 +80,7 @@ class Log:
         """All of them, with what their checksums say; those of an earlier use are never sound."""
         found: list[Frame] = []
         one, two = struct.unpack(">II", self._sums)
-        for number in range(self._count):
+        for number in range(self.count):
             at = HEADER + number * self._frame
             frame = os.pread(self._descriptor, self._frame, at)
             if len(frame) < self._frame:

@@ -115,13 +115,20 @@ def _secure(path: Path, room: Room) -> None:
 
 
 def _commits(path: Path) -> list[int]:
-    """Behind how many frames of the log commits are. Raises `Damage` where it is another database's log."""
+    """Behind how many frames of the log commits are.
+
+    Raises `Damage` where it is another database's log, or has a header that SQLite would take for that of an
+    empty one, and write over it. The header is on the disk before the first frame is written, whatever the
+    durability: so a power cut leaves none that is torn before frames.
+    """
     with suppress(OSError), open(log_of(path), "rb", buffering=0) as file:
         log = Log(file.fileno())
         with open(path, "rb", buffering=0) as database:
             said = page_bytes_of(database.read(HEADER_BYTES))
         if log.sound and said not in (None, log.page_bytes):
             raise Damage("the log is another database's")
+        if not log.sound and log.count:
+            raise Damage("the log's header is not what was written")
         return log.commits()
     return []
 

@@ -135,6 +135,79 @@ async def test_random_flips(
     assert sum(lost) / len(seeds) < 0.1 * len(sample.owed)
 
 
+async def young(folder: Path, *, one_page: bool) -> tuple[Path, dict[str, bytes]]:
+    """A buffer that was killed before its first checkpoint, and its events; or as older agents made it."""
+    (made := folder / "made").mkdir(parents=True)
+    (killed := folder / "killed").mkdir()
+    some = [events(random.Random(seed), 20, 200) for seed in range(3)]
+    async with opened(made / "buffer.db") as buffer:
+        for each in some:
+            await put(buffer, chunk_of(each))
+        if not one_page:
+            for name in ("buffer.db", f"buffer.db{LOG}"):
+                shutil.copy(made / name, killed)
+    if one_page:
+        (slow := folder / "slow").mkdir()
+        with sqlite3.connect(made / "buffer.db") as whole:
+            pragmas = [f"PRAGMA {name} = {whole.execute(f'PRAGMA {name}').fetchone()[0]}" for name in SHAPING]
+            script = [*pragmas[1:], "PRAGMA journal_mode = WAL", *whole.iterdump(), pragmas[0]]
+        whole.close()
+        with sqlite3.connect(slow / "buffer.db", isolation_level=None) as again:
+            again.execute("PRAGMA wal_autocheckpoint = 0")
+            again.executescript(";\n".join(script))
+            for name in ("buffer.db", f"buffer.db{LOG}"):
+                shutil.copy(slow / name, killed)
+        again.close()
+        assert (killed / "buffer.db").stat().st_size == PAGE_BYTES
+    return killed / "buffer.db", uuids([event for each in some for event in each])
+
+
+# The first is set last: by it a start knows that nothing is to be migrated.
+SHAPING = ("user_version", "page_size", "auto_vacuum", "application_id")
+
+
+@pytest.mark.parametrize("one_page", [False, True], ids=["now", "before"])
+async def test_a_log_whose_header_is_damaged(tmp_path: Path, *, one_page: bool) -> None:
+    """Before the first checkpoint too: whatever byte of it is another, all is there, and it is told."""
+    path, owed = await young(tmp_path / "young", one_page=one_page)
+    for number, at in enumerate((0, 2, 3, 5, 9, 17, 22, 27)):
+        (folder := tmp_path / str(number)).mkdir()
+        for name in ("", LOG):
+            shutil.copy(f"{path}{name}", folder)
+        flip(at, 1, LOG)(folder / "buffer.db")
+        async with opened(folder / "buffer.db") as buffer:
+            assert_balanced(buffer)
+            assert total(buffer, "shed", "damaged") == 0
+            assert await drained(buffer) == owed, at
+        assert len(kept(folder / "buffer.db")) == 1
+
+
+@pytest.mark.parametrize("part", [0, 0.4, 0.8, 1], ids=["header", "some", "more", "all"])
+async def test_a_log_that_begins_with_a_hole(tmp_path: Path, part: float) -> None:
+    """What stands behind the hole is found, what stood in it is missed in the books where these are left."""
+    path, owed = await young(tmp_path / "young", one_page=False)
+    size = Path(f"{path}{LOG}").stat().st_size
+    write(0, bytes(max(512, int(size * part))), LOG)(path)
+    async with opened(path) as buffer:
+        assert_balanced(buffer)
+        lost = total(buffer, "shed", "damaged")
+        got = await drained(buffer)
+        assert got.items() <= owed.items()
+        assert len(got) + lost == (len(owed) if part < 1 else 0)
+        assert part or not lost
+    assert len(kept(path)) == 1
+
+
+async def test_the_tables_are_in_the_database_before_an_event_is(tmp_path: Path) -> None:
+    """A log that is lost altogether takes no more with it than the events that it had."""
+    path = tmp_path / "buffer.db"
+    async with opened(path):
+        assert not Path(f"{path}{LOG}").stat().st_size
+        with sqlite3.connect(f"{path.as_uri()}?immutable=1", uri=True) as still:
+            assert still.execute("SELECT count(*) FROM chunk").fetchone() == (0,)
+        still.close()
+
+
 def untouched(folder: Path) -> dict[str, bytes]:
     """All files but the lock, byte for byte."""
     return {file.name: file.read_bytes() for file in folder.iterdir() if not file.name.endswith(".lock")}
