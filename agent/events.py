@@ -145,12 +145,16 @@ class Chunk(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Reject(NamedTuple):
-    """One line that is not an event: of which read, which non-empty line of it (from 0), and why."""
+    """One line that is not an event: of which read, which non-empty line of it (from 0), and why.
+
+    Of `lines` that were refused unread, one behind the other, it is the first.
+    """
 
     read: int
     line: int
     reason: Reason
     sample: str
+    lines: int = 1
 
 
 def sample(line: bytes) -> str:

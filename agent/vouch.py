@@ -213,7 +213,7 @@ class Door:
     def _tally(self, received: int, rejects: Sequence[Reject], flaws: Flaws) -> Tally:
         rejected: dict[Reason, int] = {}
         for reject in rejects:
-            rejected[reject.reason] = rejected.get(reject.reason, 0) + 1
+            rejected[reject.reason] = rejected.get(reject.reason, 0) + reject.lines
         return Tally(
             source=self.rules.source,
             received=received,
@@ -232,7 +232,8 @@ def _count_unread(reads: Sequence[Read], lines: list[int], rejects: list[Reject]
     for number, read in enumerate(reads):
         if read.denied is not None:
             reason, count, who = read.denied
-            rejects += [Reject(number, lines[number] + line, reason, who) for line in range(count)]
+            if count:  # one for all of them: of lines of a byte a read has a hundred thousand
+                rejects.append(Reject(number, lines[number], reason, who, count))
             lines[number] += count
         if read.cut is not None:
             rejects.append(Reject(number, lines[number], *read.cut))

@@ -10,7 +10,7 @@ import trio
 
 from agent import config
 from agent.accept.handed import HandedSource
-from agent.accept.putter import Offered
+from agent.accept.offered import Offered
 from agent.accept.source import Source, opened
 from agent.buffer import Books, Buffer, Entry, Limits
 from agent.buffer.memory import open_memory

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from itertools import accumulate
 
 import msgspec
 import pytest
@@ -9,6 +10,7 @@ import trio
 from sources import line
 
 from agent import config
+from agent.accept.offered import Outcome
 from agent.accept.putter import MOST_LINES, Putter
 from agent.buffer import Entry
 from agent.buffer.memory import open_memory
@@ -59,13 +61,16 @@ async def test_short_lines_do_not_hold_others_up(even: int) -> None:
     async with open_memory(config.Buffer(path="/memory", kind="memory")) as buffer:
         putter = Putter("app", Door(rules, form), buffer)
         count = 3 * MOST_LINES + 7
-        first = putter.offer(Read(b"x\n" * count, Clock().now()))
-        second = putter.offer(Read(line(1) + b"x\n" * 3, Clock().now()))
+        first, second = list[Outcome](), list[Outcome]()
+        putter.offer(Read(b"x\n" * count, Clock().now()), tell=first.append)
+        putter.offer(Read(line(1) + b"x\n" * 3, Clock().now()), tell=second.append)
         putter.close()
         await putter.run()
         assert max(form.lines) <= MOST_LINES
-        assert (first.outcome.lines, len(first.outcome.refused)) == (count, count)
-        assert [at for at, _ in second.outcome.refused] == [1, 2, 3]
+        assert sum(part.lines for part in first) == sum(len(part.refused) for part in first) == count
+        before = accumulate((part.lines for part in second), initial=0)
+        refused = [at + one.line for at, part in zip(before, second, strict=False) for one in part.refused]
+        assert refused == [1, 2, 3]
         assert buffer.books()[Entry("received", "app", "")] == count + 4
 
 

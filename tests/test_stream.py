@@ -17,7 +17,7 @@ import trio.lowlevel
 from sources import line, stream, taking
 
 from agent.accept.handed import HandedClient, HandedSource, Totals, place_of
-from agent.accept.putter import Offered, Outcome
+from agent.accept.offered import Offered
 from agent.buffer import Limits
 from agent.decode.ndjson import Unfinished
 from agent.events import Cut, Instant, Read
@@ -72,15 +72,38 @@ async def test_idle_clients_keep_nothing(tmp_path: Path) -> None:
         assert held < 1.5 * 2**20
 
 
+@pytest.mark.parametrize(
+    ("clients", "flood", "limit"),
+    [(20, b"x\n" * 60_000, 100), (1, b"x\n[]\n" * 40_000, 0)],
+    ids=["over the rate", "refused"],
+)
+async def test_refused_lines_take_no_more_than_they_are(
+    tmp_path: Path, clients: int, flood: bytes, limit: int
+) -> None:
+    """Whoever sends lines of a byte and never reads what became of them takes the memory of a few reads."""
+    settings = stream(tmp_path, uid_events_per_second=limit)
+    lines = clients * flood.count(b"\n")
+    async with taking(settings) as taken, AsyncExitStack() as stack, trio.open_nursery() as nursery:
+        tracemalloc.start()
+        try:
+            for _ in range(clients):
+                sender = await stack.enter_async_context(client(taken.source.address))
+                await sender.send_all(ASK)
+                nursery.start_soon(sender.send_all, flood)
+            await taken.settled(lines)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert taken.total("rejected", "rate_limited" if limit else "not_an_object") > 0
+        assert peak < 7 * 2**20
+
+
 def test_a_part_of_a_read_comes_later_than_the_lines_before_it() -> None:
     """Its events are stamped from then on, a microsecond a line, as if it had not been split."""
     cut = Cut("truncated", "d")
     offered = Offered(Read(b"a\n\nb\nc\n", Instant(10, 20, "boot"), cut))
     assert offered.split(3) == Read(b"a\n\nb\n", Instant(10, 20, "boot"))
     assert (offered.read, offered.lines) == (Read(b"c\n", Instant(13, 23, "boot"), cut), 1)
-    offered.add(Outcome(2, [(1, "malformed_json")]))
-    offered.add(Outcome(2, [(0, "bad_uuid"), (1, "truncated")]))
-    assert offered.outcome == Outcome(4, [(1, "malformed_json"), (2, "bad_uuid"), (3, "truncated")])
 
 
 async def test_lines_become_events(tmp_path: Path) -> None:

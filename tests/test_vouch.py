@@ -530,8 +530,7 @@ def test_denied_lines_are_refused_unread() -> None:
     read = Read(GOOD + b"\n", AT, Cut("truncated", "x"), None, Denied("rate_limited", 2, "uid 7"))
     decoded = DOOR.vouch([read, Read(GOOD + b"\n", AT)], 1)
     assert decoded.rejects == [
-        Reject(0, 1, "rate_limited", "uid 7"),
-        Reject(0, 2, "rate_limited", "uid 7"),
+        Reject(0, 1, "rate_limited", "uid 7", 2),
         Reject(0, 3, "truncated", "x"),
     ]
     assert (decoded.lines, decoded.tally.received) == ([4, 1], 5)

@@ -3,7 +3,7 @@
 import trio
 
 from agent.accept.handed import Totals
-from agent.accept.putter import Outcome
+from agent.accept.offered import Outcome
 
 # Refusals that wait for a client that does not read; beyond it only the totals count them.
 REFUSAL_BYTES = 64 * 1024
@@ -23,14 +23,16 @@ class Acknowledgements:
         self._ended = False
 
     def add(self, outcome: Outcome) -> None:
-        """A read was settled."""
-        for line, reason in outcome.refused:
-            if len(self._refusals) < REFUSAL_BYTES:
-                number = self.lines + line + 1
+        """A part of a read was settled."""
+        for line, reason, lines in outcome.refused:
+            for number in range(self.lines + line + 1, self.lines + line + 1 + lines):
+                if len(self._refusals) >= REFUSAL_BYTES:
+                    break
                 self._refusals += b'{"line":%d,"error":"%s"}\n' % (number, reason.encode())
+        rejected = sum(refused.lines for refused in outcome.refused)
         self.lines += outcome.lines
-        self._rejected += len(outcome.refused)
-        self._accepted += outcome.lines - len(outcome.refused)
+        self._rejected += rejected
+        self._accepted += outcome.lines - rejected
         self._changed.set()
 
     def totals(self) -> Totals:

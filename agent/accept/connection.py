@@ -10,8 +10,9 @@ import trio
 from agent import crash
 from agent.accept.acknowledgements import Acknowledgements
 from agent.accept.handed import HandedClient
+from agent.accept.offered import Offered
 from agent.accept.peer import Peer
-from agent.accept.putter import Offered, Putter
+from agent.accept.putter import Putter
 from agent.accept.shortage import Shortage
 from agent.clock import Clock
 from agent.decode.ndjson import Unfinished
@@ -86,15 +87,15 @@ class Connection:
         peer: Peer,
         origin: Origin | None = None,
         handed: HandedClient | None = None,
-        user: int | None = None,
+        user: object = None,
     ) -> None:
         self._source = source
         self._peer = peer
         self._origin = origin
-        self._user = user
+        self._user = self if user is None else user
         self._reader = source.reader()
         self._acks: Acknowledgements | None = Acknowledgements() if source.ack else None
-        self._offered: deque[Offered] = deque()
+        self._offered = deque[Offered]()
         self._more = trio.Event()
         self._asked = trio.Event()  # for acknowledgements, or the connection ended without
         self._first = True
@@ -112,8 +113,9 @@ class Connection:
         self._reader.resume(handed.unfinished)
         self._acks = None if handed.totals is None else Acknowledgements(handed.totals)
         for read in handed.reads:
+            tell = None if self._acks is None else self._acks.add
             offered = self._source.putter.offer(
-                read, client=self, user=self._user, urgent=True, admitted=True
+                read, client=self, user=self._user, tell=tell, urgent=True, admitted=True
             )
             self._offered.append(offered)
 
@@ -155,19 +157,14 @@ class Connection:
 
     def handed(self, descriptor: int) -> HandedClient:
         """What another process needs to go on with this client, once nothing more is put here."""
-        reads = []
-        for offered in self._offered:
-            if self._acks is not None:
-                self._acks.add(offered.outcome)
-            if not offered.settled.is_set():
-                reads.append(self._source.putter.withdraw(offered))
+        left = [offered for offered in self._offered if not offered.settled.is_set()]
         return HandedClient(
             descriptor=descriptor,
             first=self._first,
             unfinished=self._reader.unfinished(),
             totals=None if self._acks is None else self._acks.totals(),
             unsent=self._peer.unsent,
-            reads=reads,
+            reads=[self._source.putter.withdraw(offered) for offered in left],
         )
 
     async def _read(self) -> None:
@@ -182,8 +179,8 @@ class Connection:
                 if patience.cancelled_caught:
                     self._finish(clean=False)
                     return
-                await putter.room(self, self._user)
-                data = await self._peer.receive()
+                async with putter.reading(self, self._user):
+                    data = await self._peer.receive()
             except OSError:
                 self._finish(clean=False)
                 return
@@ -259,20 +256,20 @@ class Connection:
         if lines:
             self._source.shortage.heard(self)
         read = Read(lines, self._source.clock.now(), cut, self._origin)
-        urgent = self._acks is not None
-        offered = self._source.putter.offer(read, client=self, user=self._user, urgent=urgent)
-        if self._acks is not None:
+        tell = None if self._acks is None else self._acks.add
+        offered = self._source.putter.offer(
+            read, client=self, user=self._user, tell=tell, urgent=tell is not None
+        )
+        if tell is not None:
             self._offered.append(offered)
             self._more.set()
 
     async def _fold(self, connection: trio.CancelScope) -> None:
-        """Add up what became of the reads, whether or not the client listens."""
+        """See the reads arrive, whether or not the client listens."""
         while True:
             while self._offered:
                 await self._offered[0].settled.wait()
-                offered = self._offered.popleft()
-                if self._acks is not None:
-                    self._acks.add(offered.outcome)
+                self._offered.popleft()
             if self._ended:
                 if self._acks is not None:
                     self._acks.end()

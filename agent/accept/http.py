@@ -18,7 +18,8 @@ from msgspec import Raw
 from agent import crash, httpd
 from agent.accept.flags import PATHS as FLAG_PATHS
 from agent.accept.flags import FlagCalls
-from agent.accept.putter import Offered, Putter
+from agent.accept.offered import Offered, Outcome, by_line
+from agent.accept.putter import Putter
 from agent.accept.whence import Address, Whence, is_near
 from agent.clock import Clock
 from agent.config import Http, Project
@@ -240,22 +241,19 @@ class HttpSource:
     async def _put(self, reads: Iterable[Read], *, admitted: bool = True) -> Mapping[int, str] | None:
         """Which lines the door refused, and why, once the others are in the buffer; None if they are not."""
         offered: list[Offered] = []
+        outcomes: list[Outcome] = []
         with trio.move_on_after(PATIENCE_SECONDS):
             if self._stuck is not None:  # else each try of an SDK would be one more copy of its events
                 await self._stuck.settled.wait()
                 self._stuck = None
             for read in reads:
                 await self._putter.room()
-                offered.append(self._putter.offer(read, urgent=True, admitted=admitted))
+                offered.append(self._putter.offer(read, tell=outcomes.append, urgent=True, admitted=admitted))
                 if read.denied is not None:  # it takes no room, so that nothing else holds the next one back
                     await offered[-1].settled.wait()
-            refused: dict[int, str] = {}
-            before = 0
             for part in offered:
                 await part.settled.wait()
-                refused |= {before + line: reason for line, reason in part.outcome.refused}
-                before += part.outcome.lines
-            return refused
+            return by_line(outcomes)
         if offered:
             self._stuck = offered[-1]
         return None

@@ -5,19 +5,21 @@ waits for an acknowledgement, a put may wait a moment for company: 1,000 events 
 """
 
 import random
+import time
 from collections import Counter, deque
-from collections.abc import Sequence
-from operator import itemgetter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import NamedTuple
 
 import trio
 
 from agent import crash
+from agent.accept.offered import Offered, Outcome, Part, Refused, all_refused
 from agent.accept.rates import Rates
 from agent.accept.room import Room
 from agent.accept.tap import Tap
 from agent.buffer import PARTING_SECONDS, Buffer
-from agent.decode.ndjson import count_byte, count_lines, first_lines
+from agent.decode.ndjson import count_lines, first_lines
 from agent.events import CHUNK_BYTES, CHUNK_EVENTS, UNREMARKABLE, Denied, Instant, Read, Reject, Tally
 from agent.texts import RANDOM_BITS
 from agent.vouch import Decoded, Door
@@ -26,73 +28,25 @@ from agent.vouch import Decoded, Door
 ENOUGH_BYTES = 256 * 1024
 # What one put takes: more in one go would only hold more memory and the loop for longer.
 MOST_BYTES = CHUNK_BYTES
-# And in lines, of 1 µs; fewer where many are refused, which takes ten times as long: others wait for 4 ms.
+# And in lines, of 1 µs.
 MOST_LINES = 4 * CHUNK_EVENTS
-REFUSAL_COST = 10
-# Good lines between bad ones do not let the next put be a long one.
-FORGETTING = 0.9
+# What one put may hold the loop for: it takes less where the last ones were slow, as what is refused takes
+# ten times as long, and what a stranger thinks of a hundred times.
+PUT_SECONDS = 0.010
+# Fast ones between slow ones do not let the next put be a long one.
+FORGETTING = 0.95
+# Of a put that is smaller most of the time is not for what is in it.
+LEAST_SHARE = 1 / 64
 # What a line costs beside its bytes, for whose turn it is.
 LINE_COST = 256
+# What a read takes until it is put, whatever is in it: also one whose lines were all denied.
+OFFER_BYTES = 1024
 # How long a put waits for company where nothing was promised yet.
 COMPANY_SECONDS = 0.05
 # The last refusals, for `status`.
 RECENT = 20
 # Of lines that were refused unread one says it all.
 UNREAD = ("forbidden", "rate_limited", "unknown_key")
-
-
-class Outcome(NamedTuple):
-    """What became of one read: how many lines it had, and which of them were refused and why."""
-
-    lines: int
-    refused: Sequence[tuple[int, str]]
-
-
-class Offered:
-    """A read on its way; `outcome` is there once `settled` is set.
-
-    `read` is what of it is not yet gathered for a put, `lines` about how many lines that has.
-    """
-
-    def __init__(self, read: Read, client: object = None, user: int | None = None) -> None:
-        self.read = read
-        self.client, self.user = client, user
-        self.lines = count_byte(read.lines, b"\n")
-        self.settled = trio.Event()
-        self._told = 0
-        self._refused: list[tuple[int, str]] = []
-
-    @property
-    def outcome(self) -> Outcome:
-        """What became of it until now."""
-        return Outcome(self._told, self._refused)
-
-    def split(self, lines: int) -> Read:
-        """Take the first `lines` off; what is left comes as much later as it has lines before it."""
-        read = self.read
-        size = len(read.lines) - len(read.lines.split(b"\n", lines)[lines])
-        at = read.at._replace(wall=read.at.wall + lines, monotonic=read.at.monotonic + lines)
-        self.read = read._replace(lines=read.lines[size:], at=at)
-        self.lines -= lines
-        return Read(read.lines[:size], read.at, origin=read.origin)
-
-    def restore(self, first: Read) -> None:
-        """Take back what `split` has taken off."""
-        self.read = self.read._replace(lines=first.lines + self.read.lines, at=first.at)
-        self.lines += count_byte(first.lines, b"\n")
-
-    def add(self, outcome: Outcome) -> None:
-        """What became of its next part."""
-        self._refused += [(self._told + line, reason) for line, reason in outcome.refused]
-        self._told += outcome.lines
-
-
-class Part(NamedTuple):
-    """A whole read or a part of one, gathered for a put."""
-
-    offered: Offered
-    read: Read
-    last: bool
 
 
 class Refusal(NamedTuple):
@@ -117,7 +71,7 @@ class Putter:
         self._buffer = buffer
         self._rates = rates
         self._even = min(door.rules.max_batch_events, CHUNK_EVENTS)
-        self._share = 0.0  # of the last puts' lines, that were refused
+        self._whole = 0.0  # how long a put of all that one may take would hold the loop, as the last ones did
         self._offers: deque[Offered] = deque()
         self._room = Room()
         self._urgent = False
@@ -129,9 +83,13 @@ class Putter:
         self.recent: deque[Refusal] = deque(maxlen=RECENT)
         self._random = random.SystemRandom()
 
-    async def room(self, client: object = None, user: int | None = None) -> None:
+    async def room(self) -> None:
         """Return when another read may be made; see `Room.wait`."""
-        await self._room.wait(client, user)
+        await self._room.wait()
+
+    def reading(self, client: object, user: object) -> AbstractAsyncContextManager[None]:
+        """A block for one read by a client of a user's; see `Room.read`."""
+        return self._room.read(client, user)
 
     def admits(self, events: int) -> bool:
         """Whether a request of so many events may come now, all of it; then they are counted as come."""
@@ -141,20 +99,21 @@ class Putter:
         self,
         read: Read,
         client: object = None,
-        user: int | None = None,
+        user: object = None,
         *,
+        tell: Callable[[Outcome], None] | None = None,
         urgent: bool = False,
         admitted: bool = False,
     ) -> Offered:
-        """Hand a read over; ask for `room` before reading.
+        """Hand a read over; ask for `room` before reading, or be `reading`.
 
         It is `urgent` where a client waits for the answer, `admitted` where `admits` was asked, or another
         putter has offered it before.
         """
         within = self._within(self._rates, read) if self._rates and not admitted else read
-        offered = Offered(within, client, user)
+        offered = Offered(within, client, user, tell)
         self._offers.append(offered)
-        self._room.hold(client, user, within.lines)
+        self._room.hold(client, user, len(within.lines) + OFFER_BYTES, offered.lines)
         self._urgent = self._urgent or urgent
         self._some.set()
         if self._urgent or self._room.held >= ENOUGH_BYTES:
@@ -169,7 +128,8 @@ class Putter:
         if admitted == lines:
             return read
         denied = Denied("rate_limited", lines - admitted, "" if uid is None else f"of uid {uid}")
-        return read._replace(lines=first_lines(read.lines, admitted), denied=denied)
+        first = first_lines(read.lines, admitted) if admitted else b""
+        return read._replace(lines=first, denied=denied)
 
     async def note_drops(self, socket: str, total: int) -> None:
         """Have what the kernel dropped entered into the books. Raises `BufferBroken` where that fails."""
@@ -220,17 +180,19 @@ class Putter:
             self._enough = trio.Event()
             with trio.move_on_after(COMPANY_SECONDS):
                 await self._enough.wait()
-        most = self._most_lines()
+        most, largest = self._most()
         self._order()
         gathered: list[Part] = []
         size = lines = 0
-        while self._offers and (not gathered or size + len(self._offers[0].read.lines) <= MOST_BYTES):
+        while self._offers and (not gathered or size + len(self._offers[0].read.lines) <= largest):
             offered = self._offers.popleft()
-            gathered.append(Part(offered, offered.read, last=True))
+            gathered.append(Part(offered, offered.read, offered.lines, last=True))
             size += len(offered.read.lines)
             lines += offered.lines
             if lines > most:
                 break
+        if size > largest and lines > 1:  # a single read
+            most = min(most, max(1, lines * largest // size))
         if lines > min(most, self._even):
             uneven = lines % self._even if most >= self._even else 0
             self._give_back(gathered, max(uneven, lines - most))
@@ -238,21 +200,29 @@ class Putter:
             self._urgent = False
         return gathered
 
-    def _most_lines(self) -> int:
-        """How many lines a put takes: fewer where many of the last were refused."""
-        most = int(MOST_LINES / (1 + (REFUSAL_COST - 1) * self._share))
-        return most if most < self._even else most - most % self._even
+    def _most(self) -> tuple[int, int]:
+        """How many lines and bytes a put takes: as many as hold nobody up, going by the last ones."""
+        share = min(1.0, PUT_SECONDS / self._whole) if self._whole else 1.0
+        most = max(1, int(MOST_LINES * share))
+        return (most if most < self._even else most - most % self._even), int(MOST_BYTES * share)
 
     def _order(self) -> None:
-        """Bring those first whose client has least before and in them; a client's own keep their order."""
+        """Bring those first whose user, and then whose client, has least on the way.
+
+        A client's own keep their order.
+        """
         if len(self._offers) < 2 or all(one.client is self._offers[0].client for one in self._offers):
             return
+        user: Counter[object] = Counter()
         before: Counter[object] = Counter()
         turns: list[tuple[int, int, Offered]] = []
         for place, offered in enumerate(self._offers):
-            before[offered.client] += len(offered.read.lines) + LINE_COST * offered.lines
+            cost = len(offered.read.lines) + LINE_COST * offered.lines
+            user[offered.user] += cost
+            before[offered.client] += cost
             turns.append((before[offered.client], place, offered))
-        self._offers = deque(offered for _, _, offered in sorted(turns, key=itemgetter(0, 1)))
+        turns.sort(key=lambda turn: (user[turn[2].user], turn[0], turn[1]))
+        self._offers = deque(offered for _, _, offered in turns)
 
     def _give_back(self, gathered: list[Part], lines: int) -> None:
         """Leave the last lines for the next put: a request costs the same for a chunk that is not full."""
@@ -262,7 +232,8 @@ class Putter:
             lines -= offered.lines
         if lines:
             offered = gathered.pop().offered
-            gathered.append(Part(offered, offered.split(offered.lines - lines), last=False))
+            first = offered.lines - lines
+            gathered.append(Part(offered, offered.split(first), first, last=False))
             self._offers.appendleft(offered)
 
     def _take_back(self, gathered: Sequence[Part]) -> None:
@@ -276,7 +247,9 @@ class Putter:
     async def _put(self, gathered: Sequence[Part]) -> None:
         """One put, from lines to books."""
         reads = [part.read for part in gathered]
+        begun = time.thread_time()
         decoded = self._door.vouch(reads, self._random.getrandbits(RANDOM_BITS))
+        self._learn(gathered, time.thread_time() - begun)
         if decoded.tally.received:
             events = sum(chunk.events for chunk in decoded.chunks)
             try:
@@ -292,9 +265,15 @@ class Putter:
         else:
             _tell(gathered, decoded, shed=False)
         for part in gathered:
-            self._room.free(part.offered.client, part.offered.user, part.read.lines)
-        self._share = max(len(decoded.rejects) / max(1, sum(decoded.lines)), self._share * FORGETTING)
+            offered, size = part.offered, len(part.read.lines) + OFFER_BYTES * part.last
+            self._room.free(offered.client, offered.user, size, part.lines)
         self._room.tell()
+
+    def _learn(self, gathered: Sequence[Part], seconds: float) -> None:
+        """From how long a put took, how much the next one may be."""
+        lines, size = sum(part.lines for part in gathered), sum(len(part.read.lines) for part in gathered)
+        share = max(lines / MOST_LINES, size / MOST_BYTES, LEAST_SHARE)
+        self._whole = max(seconds / share, self._whole * FORGETTING)
 
     def _remember(self, rejects: Sequence[Reject], at: Instant) -> None:
         told = None
@@ -314,15 +293,11 @@ def _lines_of(read: Read) -> int:
 
 def _tell(gathered: Sequence[Part], decoded: Decoded, *, shed: bool) -> None:
     """Give each read its own part of what became of all of them."""
-    refused: list[list[tuple[int, str]]] = [[] for _ in gathered]
+    refused: list[list[Refused]] = [[] for _ in gathered]
     for reject in decoded.rejects:
-        refused[reject.read].append((reject.line, reject.reason))
-    for number, part in enumerate(gathered):
-        lines = decoded.lines[number]
-        reasons = refused[number]
-        if shed:
-            known = dict(reasons)
-            reasons = [(line, known.get(line, "buffer_full")) for line in range(lines)]
-        part.offered.add(Outcome(lines, reasons))
+        refused[reject.read].append(Refused(reject.line, reject.reason, reject.lines))
+    for part, lines, known in zip(gathered, decoded.lines, refused, strict=True):
+        if part.offered.tell is not None:
+            part.offered.tell(Outcome(lines, list(all_refused(known, lines)) if shed else known))
         if part.last:
             part.offered.settled.set()

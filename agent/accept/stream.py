@@ -142,11 +142,11 @@ class StreamSource:
         """Take what a client sends, to its end."""
         unsent = b"" if handed is None else handed.unsent
         peer = PlainPeer(sock, unsent) if self._tls is None else TlsPeer(sock, self._tls)
-        user = peer_of(sock.getsockopt).uid if sock.family == socket.AF_UNIX else None
-        connection = Connection(self, peer, origin, handed, user)
+        uid = peer_of(sock.getsockopt).uid if sock.family == socket.AF_UNIX else None
+        connection = Connection(self, peer, origin, handed, _address(sock) if uid is None else uid)
         self.connections.add(connection)
-        if user is not None:
-            self.shortage.came(connection, user)
+        if uid is not None:
+            self.shortage.came(connection, uid)
         if self._stopping:
             self._end(connection)
         try:
@@ -171,6 +171,14 @@ class StreamSource:
                 async with self._partings:
                     with trio.move_on_after(PARTING_SECONDS):
                         await _discard(sock)
+
+
+def _address(sock: trio.socket.SocketType) -> object:
+    """Where a TCP client is: all there are one user. None of one that has gone, or is unknown."""
+    try:
+        return sock.getpeername()[0] if sock.family != socket.AF_UNIX else None
+    except OSError:
+        return None
 
 
 async def _discard(sock: trio.socket.SocketType) -> None:

@@ -5,15 +5,29 @@ from typing import NamedTuple
 
 from agent.events import SAMPLE_BYTES
 
+# What makes a line no longer than it looks: all that `bytes.isspace` knows but the newline.
+_WHITE = b" \t\r\v\f"
+# More of a byte among so many first ones are many: measured, both ways take as long where it is every 40th.
+PROBED_BYTES, MANY = 4096, 100
+
 
 def count_byte(blob: bytes, byte: bytes) -> int:
-    """How often a byte occurs; `bytes.count` looks at each byte, `replace` only at those it finds."""
+    """How often a byte occurs.
+
+    `bytes.count` looks at each byte, `replace` only at those it finds, which of many takes ten times as long.
+    """
+    if blob.count(byte, 0, PROBED_BYTES) > MANY:
+        return blob.count(byte)
     return len(blob) - len(blob.replace(byte, b""))
 
 
 def count_lines(blob: bytes) -> int:
     """How many lines hold more than white space."""
-    return sum(1 for line in blob.split(b"\n") if line and not line.isspace())
+    full = blob.translate(None, _WHITE)
+    while b"\n\n" in full:
+        full = full.replace(b"\n\n", b"\n")
+    full = full.strip(b"\n")
+    return count_byte(full, b"\n") + 1 if full else 0
 
 
 def first_lines(blob: bytes, count: int) -> bytes:
