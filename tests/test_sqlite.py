@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import structlog
 import trio
 import trio.testing
 from processes import ENVIRONMENT
@@ -258,6 +259,50 @@ async def test_a_full_disk_makes_senders_wait(small_disk: Path) -> None:
         assert not buffer.trouble
         assert buffer.stats().events == taken * 10 + 10
         assert_balanced(buffer)
+
+
+async def test_a_full_disk_is_no_full_buffer(small_disk: Path) -> None:
+    """Neither while it lasts, nor at a stop, is anything said of the room in it."""
+    with structlog.testing.capture_logs() as lines:
+        async with opened(small_disk / "b.db", max_size=64 * 2**20) as buffer, trio.open_nursery() as nursery:
+            await put(buffer, chunk(0, size=LARGE))
+            free = os.statvfs(small_disk)
+            (small_disk / "ballast").write_bytes(bytes(max(0, free.f_bavail * free.f_frsize - 256 * 1024)))
+            nursery.start_soon(put, buffer, chunk(1, size=LARGE))
+            await trio.sleep(1.5)  # and it was tried again
+            await buffer.release(await take(buffer))
+            assert buffer.stats().waiting == 1
+            nursery.cancel_scope.cancel()
+    assert [line["event"] for line in lines] == ["the buffer cannot be written; senders wait"]
+
+
+async def test_a_disk_that_takes_no_file_is_not_said_to_be_full(tmp_path: Path) -> None:
+    """One that is full passes, what else is wrong has to be mended: a person is told what it is."""
+    reserve = tmp_path / "b.db.reserve"
+    reserve.mkdir()
+    async with opened(tmp_path / "b.db") as buffer, trio.open_nursery() as nursery:
+        nursery.start_soon(put, buffer, chunk(1))
+        while not buffer.trouble:
+            await trio.sleep(0.01)
+        assert buffer.trouble == f"{reserve}: Is a directory"
+        reserve.rmdir()
+        while buffer.trouble:
+            await trio.sleep(0.01)
+        assert buffer.stats().events == 10
+
+
+async def test_who_leaves_a_full_buffer_makes_no_room(tmp_path: Path) -> None:
+    """It is told to have room when it has."""
+    with structlog.testing.capture_logs() as lines:
+        async with opened(tmp_path / "b.db", max_size=FULL) as buffer:
+            await fill(buffer)
+            lease = await take(buffer)
+            assert [line["event"] for line in lines] == [
+                "the buffer is full; senders wait until events are delivered"
+            ]
+            await buffer.settle(lease)
+            await put(buffer, chunk(1, size=LARGE))
+    assert [line["event"] for line in lines[1:]] == ["the buffer has room again"]
 
 
 async def test_room_is_found_again_while_deliveries_fail(small_disk: Path) -> None:

@@ -188,15 +188,15 @@ class Desk:
         """See `Contents.beyond`."""
         return await self._run(lambda store: store.copies.beyond(after, upto, size))
 
-    def _tell_full(self, *, full: bool) -> None:
-        """Whether the deposits that wait found no room; one line for each change."""
-        self._full = full
-        if full and not self._told_full:
+    def _tell_full(self, *, room: bool) -> None:
+        """One line for each change. That nobody waits any more, as who did has left, makes no `room`."""
+        if self._full and not self._told_full:
             hint = "mend what holds delivery (capture-agent status), or raise buffer.max_size and reload"
             log.warning("the buffer is full; senders wait until events are delivered", hint=hint)
-        elif self._told_full and not full:
+            self._told_full = True
+        elif self._told_full and room and not self._full:
             log.info("the buffer has room again")
-        self._told_full = full
+            self._told_full = False
 
     async def _run(self, work: Callable[[Store], R]) -> R:
         """Have something done with the store. Raises `BufferBroken` where that fails."""

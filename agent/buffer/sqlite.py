@@ -34,8 +34,6 @@ RETRY_SECONDS = 1.0
 # Age is looked at this often; `max_age` is meant in hours or days.
 EXPIRY_SECONDS = 1.0
 
-NO_RESERVE = "the disk is full: what deliveries need of it is kept for them"
-
 
 class SqliteBuffer(Desk):
     """A `Buffer` and `DeadLetters` on disk. `trouble` says why the last write failed, empty if it did not."""
@@ -134,7 +132,10 @@ class SqliteBuffer(Desk):
         ring(asked for asked in group.deposits if asked.what.taken is not None or asked.abandoned)
         waiting = [asked for asked in group.deposits if asked.what.taken is None and not asked.abandoned]
         full = any(asked.what.chunks for asked in waiting) or (group.full and bool(self._deposits))
-        self._tell_full(full=full and not group.damage)
+        self._full = full and not group.damage
+        if not self.trouble:  # which is told by itself, and says nothing of the room
+            taken = any(asked.what.taken for asked in group.deposits)
+            self._tell_full(room=taken or self._store.free_bytes >= self._store.room.group)
         self._deposits = waiting + self._deposits
         self._show()
         self._takings = group.unserved + self._takings
@@ -179,7 +180,7 @@ class SqliteBuffer(Desk):
         settlements = [asked.what for asked in group.settlements]
         deposits = [asked.what for asked in group.deposits]
         if deposits and not self._store.reserve.hold():
-            group.error, deposits = NO_RESERVE, []
+            group.error, deposits = self._store.reserve.trouble, []
         try:
             if settlements or deposits or self._settings.max_age:
                 self._store.commit(settlements, deposits, closing=closing)
