@@ -16,6 +16,7 @@ from agent import config
 from agent.buffer import (
     CLOCKS_KEPT,
     NOBODY,
+    PURGED_AT_ONCE,
     SOCKETS_KEPT,
     Books,
     BufferBroken,
@@ -243,6 +244,12 @@ class MemoryBuffer:
             self._dead.forget(letter.id)
             self._books[Entry("purged", label_of(letter.project, letter.key), "")] += 1
         return len(letters)
+
+    async def purge_upto(self, newest: int) -> int:
+        """See `DeadLetters.purge_upto`."""
+        return await self.purge(
+            [ident for ident in islice(self._dead.kept, PURGED_AT_ONCE) if ident <= newest]
+        )
 
     async def newest(self) -> int:
         """See `Contents.newest`."""
