@@ -64,6 +64,8 @@ POINTS: Mapping[str, str] = {
     "rescue.booked": "agent.buffer.rescue",
     "rescue.whole": "agent.buffer.rescue",
     "rescue.named": "agent.buffer.rescue",
+    "stray.copied": "agent.buffer.stray",
+    "stray.named": "agent.buffer.stray",
     "reload.checked": "agent.reload",
     "reload.opened": "agent.reload",
     "reload.drained": "agent.app",

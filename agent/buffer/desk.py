@@ -67,6 +67,7 @@ class Group:
         self.unserved: list[Asked[Taking]] = []  # the file could not be read, or written
         self.full = False  # puts were left out, as nothing has made room since the last try
         self.settled = False
+        self.astray = False  # what was written is in a file that has no name
         self.error = ""
         self.damage = ""
         self.seconds = 0.0

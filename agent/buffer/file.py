@@ -130,6 +130,13 @@ class Ownership:
             os.ftruncate(self._fd, 0)
             os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
 
+    def renew(self, database: Path) -> None:
+        """Hold the lock by its name again, where somebody took that away. Raises `BufferBusy`."""
+        if not _is_open_as(self._fd, self.path):
+            again = Ownership(database)
+            os.dup2(again._fd, self._fd, inheritable=False)
+            again.close()
+
     def share(self) -> int:
         """A descriptor by which the lock is held beyond `close`."""
         return os.dup(self._fd)
@@ -330,7 +337,7 @@ def _configure(connection: sqlite3.Connection, *, full: bool, room: Room) -> Non
 def disk_bytes(path: Path) -> int:
     """The bytes of all the buffer's files on disk: the database, its log, the reserve, evidence of damage."""
     total = sum(map(evidence.disk_bytes, evidence.kept(path)))
-    for name in ("", "-wal", "-shm", ".reserve", ".new", ".new-wal"):
+    for name in ("", "-wal", "-shm", ".reserve", ".new", ".new-wal", ".again"):
         try:
             total += os.stat(f"{path}{name}").st_size
         except FileNotFoundError:

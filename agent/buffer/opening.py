@@ -29,6 +29,7 @@ from agent.buffer.pages import HEADER_BYTES, page_bytes_of
 from agent.buffer.rescue import refuse_strangers, rescue, unfinished
 from agent.buffer.reserve import Reserve
 from agent.buffer.rows import COUNT_LANES
+from agent.buffer.stray import go_on
 from agent.buffer.torn import look_behind
 
 BOOKS = "SELECT joint, label, reason, total FROM books"
@@ -55,6 +56,7 @@ class Found(NamedTuple):
 
 def opened(path: Path, *, max_size: int, full: bool) -> Found:
     """The database, made if need be. Raises `BufferBroken` or sqlite3.Error where it cannot be used."""
+    go_on(path)
     why = "a start that carried over was cut off"
     if not unfinished(path).exists():
         try:

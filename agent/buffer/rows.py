@@ -36,11 +36,17 @@ ROW_BYTES = 200
 
 
 class Deposit(msgspec.Struct, eq=False):
-    """A put: `taken` is None while it waits for room."""
+    """A put: `taken` is None while it waits for room, or is `written` to a file that has no name."""
 
     chunks: Sequence[Chunk]
     tally: Tally
     taken: int | None = None
+    written: int | None = None
+
+    def withhold(self) -> None:
+        """It is not to be acknowledged yet, nor to be written again."""
+        if self.taken is not None:
+            self.written, self.taken = self.taken, None
 
     @property
     def events(self) -> int:

@@ -23,6 +23,7 @@ from agent.buffer.dropping import Dropping
 from agent.buffer.file import Damage, advice, is_damage, is_full
 from agent.buffer.rows import Settlement
 from agent.buffer.store import Store
+from agent.buffer.stray import Astray
 from agent.buffer.surplus import Surplus
 from agent.buffer.waiting import Waiting
 from agent.metrics import Metrics
@@ -31,8 +32,8 @@ log = structlog.get_logger("buffer")
 
 # After a put found no room, or a write failed (a full or broken disk), the next try: soon, and cheap.
 RETRY_SECONDS = 1.0
-# Age is looked at this often; `max_age` is meant in hours or days.
-EXPIRY_SECONDS = 1.0
+# Age is looked at this often, which is meant in hours or days; and whether the files still have their names.
+LOOK_SECONDS = 1.0
 
 
 class SqliteBuffer(Desk):
@@ -46,9 +47,9 @@ class SqliteBuffer(Desk):
         self._retry_at = inf  # when what could not be done is tried again unasked, on trio's clock
         self._closing = False
         self._lost = False  # the file could not be mended, and is closed
+        self._astray = False  # the files have lost their names, and cannot have them again yet
         self._rescued = False  # the file was damaged, and mended, just before
-        self._waiting = Waiting()
-        self._surplus = Surplus()
+        self._waiting, self._surplus = Waiting(), Surplus()
         self._dropping = Dropping(settings.when_full, store.books)
         self._copying = trio.Lock()  # one copy at a time: each takes as much of the disk as the buffer
         self._copy = trio.CancelScope()
@@ -108,8 +109,7 @@ class SqliteBuffer(Desk):
         if self._retry_at < inf:
             return self._retry_at
         due = min(self._surplus.due(self._store.free_pages), self._dropping.due)
-        ages = self._settings.max_age and self._store.events
-        return min(due, trio.current_time() + EXPIRY_SECONDS) if ages else due
+        return min(due, trio.current_time() + LOOK_SECONDS)
 
     async def serve_group(self) -> None:
         """Do all that is asked at this moment, or as much as one transaction should hold."""
@@ -121,8 +121,9 @@ class SqliteBuffer(Desk):
             self._errands = [asked for asked in group.errands if not asked.what.done] + self._errands
             group.errands = [asked for asked in group.errands if asked.what.done]
             self._bell.set()
-        elif group.deposits or group.settlements or group.unserved:
+        elif group.deposits or group.settlements or group.unserved or group.astray or self._astray:
             self._tell_trouble(group.error)
+            self._astray = group.astray
             self._metrics.commit_seconds.observe(group.seconds)
         if group.settled:
             ring(group.settlements)
@@ -169,10 +170,23 @@ class SqliteBuffer(Desk):
         try:
             self._store.rescue(why)
         except (sqlite3.Error, OSError) as error:
-            raise BufferBroken(
-                f"{self._store.path}: damaged, and cannot be mended: {error}", advice(error)
-            ) from error
+            text = f"{self._store.path}: damaged, and cannot be mended: {error}"
+            raise BufferBroken(text, advice(error)) from error
         self._lost = False
+
+    def _stay(self, group: Group) -> None:
+        """Acknowledge nothing that is in a file without its name; what is written there is not put again."""
+        try:
+            self._store.stay()
+        except Astray as error:
+            group.error, group.astray = str(error), True
+            for asked in group.deposits:
+                asked.what.withhold()
+        except (sqlite3.Error, OSError) as error:
+            if isinstance(error, sqlite3.Error) and is_damage(error):
+                raise
+            self._lost = True
+            raise BufferBroken(f"{self._store.path}: {error}", advice(error)) from error
 
     def _do(self, group: Group, *, closing: bool) -> None:
         """Write, then read. Raises sqlite3.Error where the file is damaged."""
@@ -193,6 +207,7 @@ class SqliteBuffer(Desk):
                 self._settle_alone(group, settlements)
         if (settlements or group.deposits) and (group.error or not self._store.reserve.held):
             self._store.give_back_room()
+        self._stay(group)
         group.seconds = time.perf_counter() - started
         self._read(group)
 
@@ -306,7 +321,7 @@ class SqliteBuffer(Desk):
         self.close_door()
         self._copy.cancel()
         await self._copying.acquire()  # for good: of a closed file there is no copy
-        if (self._deposits or self._settlements or self._releases or self._errands) and not self._lost:
+        if not self._lost:
             await self.serve_group()
         try:
             await self._in_thread(partial(self._store.close))

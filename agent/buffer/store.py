@@ -35,6 +35,7 @@ from agent.buffer.rows import (
 )
 from agent.buffer.shedding import Shedding
 from agent.buffer.space import give_back, give_back_room, is_torn
+from agent.buffer.stray import Names
 from agent.events import Chunk
 
 log = structlog.get_logger("buffer")
@@ -90,16 +91,23 @@ class Store:
             drop_oldest=self._when_full == "drop_oldest",
             ages=self._ages,
         )
+        self._names = Names(self.path, self._connection)
         self._look_around()
+
+    def stay(self) -> None:
+        """Go on under the files' names where somebody took these away. Raises `Astray` while that fails."""
+        if not self._names.lead_here() and self._names.restore(self.ownership):
+            self._connection.close()
+            self.reserve.held = False
+            self._load(opened(self.path, max_size=self.max_size, full=self._full))
 
     def rescue(self, why: str) -> None:
         """Go on with what can be read of the database, and with all that is out on lease."""
         close_beside_log(self._connection, self.path)
-        self._load(
-            reopened(
-                self.path, why, max_size=self.max_size, full=self._full, books=self.books, leases=self._leases
-            )
+        found = reopened(
+            self.path, why, max_size=self.max_size, full=self._full, books=self.books, leases=self._leases
         )
+        self._load(found)
 
     def close(self) -> None:
         """Checkpoint, close, and give the file up.
@@ -143,9 +151,8 @@ class Store:
             crash.point("commit.begun")
             try:
                 yield change
-                self._connection.executemany(
-                    ENTER, [(*entry, total) for entry, total in change.books.items()]
-                )
+                entered = [(*entry, total) for entry, total in change.books.items()]
+                self._connection.executemany(ENTER, entered)
                 crash.point("commit.entered")
                 self._connection.execute("COMMIT")
                 crash.point("commit.written")
@@ -185,6 +192,8 @@ class Store:
 
     def _deposit(self, deposit: Deposit, change: Change, *, closing: bool) -> int | None:
         """How many events were taken; None when there is no room and it must wait."""
+        if deposit.written is not None:
+            return deposit.written
         events = deposit.events
         if deposit.chunks and not self._shedding.make_room(deposit.bytes, change):
             if self._when_full == "drop_newest":
@@ -216,9 +225,8 @@ class Store:
             lane, ids = found
             chunks = [self._chunk(lane, ident) for ident in ids]
             if None in chunks:
-                self._shed_damaged(
-                    lane, [ident for ident, one in zip(ids, chunks, strict=True) if one is None]
-                )
+                broken = [ident for ident, one in zip(ids, chunks, strict=True) if one is None]
+                self._shed_damaged(lane, broken)
                 continue
             whole = tuple(chunk for chunk in chunks if chunk is not None)
             self.lanes.lease(lane, ids, sum(chunk.events for chunk in whole))

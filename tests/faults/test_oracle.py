@@ -191,9 +191,10 @@ SHEDDING = {
     "shed.oldest": 'when_full = "drop_oldest"\nmax_size = "16 MiB"',
     "shed.expired": 'max_age = "1 s"',
 }
+STRAY = some("stray")  # see test_stray.py
 IDLE = "pages.given_back"
 # What clients, a stop, a reload, or somebody at the admin socket make it pass.
-COMMON = tuple(point for point in POINTS if point not in {*MIGRATING, *RESCUING, *SHEDDING, IDLE})
+COMMON = tuple(point for point in POINTS if point not in {*MIGRATING, *RESCUING, *SHEDDING, *STRAY, IDLE})
 
 
 @pytest.mark.slow
