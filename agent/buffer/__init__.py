@@ -61,6 +61,18 @@ class Limits(NamedTuple):
     packed: int = maxsize
 
 
+def fitting(chunks: Iterable[tuple[int, int, int, int]], limits: Limits) -> list[int]:
+    """The ids of the first chunks that a lease may hold, told as id, events, size, packed bytes."""
+    ids: list[int] = []
+    events = size = packed = 0
+    for ident, more_events, more_size, more_packed in chunks:
+        events, size, packed = events + more_events, size + more_size, packed + more_packed
+        if ids and (events > limits.events or size > limits.size or packed > limits.packed):
+            break
+        ids.append(ident)
+    return ids
+
+
 class DeadEvent(msgspec.Struct, frozen=True, kw_only=True):
     """An event that PostHog will never take, kept with its reason. `at` is in microseconds.
 

@@ -3,7 +3,7 @@
 import sqlite3
 from collections.abc import Container, Iterable, Iterator
 
-from agent.buffer import Limits
+from agent.buffer import Limits, fitting
 from agent.buffer.file import Damage
 from agent.buffer.lanes import Lane, Queue, Stranger
 
@@ -26,13 +26,7 @@ class LaneRows:
     def oldest(self, turns: Iterable[tuple[Lane, Queue]], limits: Limits) -> tuple[Lane, list[int]] | None:
         """The chunks that are next, at least one, and whose they are."""
         for lane, queue in turns:
-            ids: list[int] = []
-            events = size = packed = 0
-            for ident, more_events, more_size, more_packed in self._candidates(lane, queue, limits.events):
-                events, size, packed = events + more_events, size + more_size, packed + more_packed
-                if ids and (events > limits.events or size > limits.size or packed > limits.packed):
-                    break
-                ids.append(ident)
+            ids = fitting(self._candidates(lane, queue, limits.events), limits)
             if ids:
                 return lane, ids
         return None

@@ -5,7 +5,7 @@ disk must not be written.
 """
 
 from collections import Counter
-from collections.abc import AsyncIterator, Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Container, Mapping, Sequence
 from contextlib import asynccontextmanager
 from itertools import islice
 from typing import NoReturn
@@ -30,6 +30,7 @@ from agent.buffer import (
     Shown,
     Stats,
     first_of,
+    fitting,
     revived,
 )
 from agent.buffer.ages import Ages, stamp
@@ -149,7 +150,7 @@ class MemoryBuffer:
         await trio.lowlevel.checkpoint()
         self._expire()
         for lane, queue in self._lanes.turns(project, without):
-            ids = self._fit(self._candidates(lane, queue, limits.events), limits)
+            ids = fitting(map(self._sized, self._candidates(lane, queue, limits.events)), limits)
             if ids:
                 chunks = tuple(self._chunks[ident] for ident in ids)
                 self._lanes.lease(lane, ids, sum(chunk.events for chunk in chunks))
@@ -165,6 +166,10 @@ class MemoryBuffer:
         fresh = (ident for ident in self._lines[lane[0]][lane[1]] if ident > queue.cursor)
         return [*queue.offer(most), *islice(fresh, most)] or queue.offer_all(most)
 
+    def _sized(self, ident: int) -> tuple[int, int, int, int]:
+        chunk = self._chunks[ident]
+        return ident, chunk.events, chunk.size, len(chunk.packed)
+
     def _next_stranger(self, project: str, known: Container[str | None]) -> Stranger | None:
         """The next key without a lane; what came back stands at the end."""
         for key, line in self._lines[project].items():
@@ -172,18 +177,6 @@ class MemoryBuffer:
                 events = sum(chunk.events for chunk in line.values())
                 return Stranger(key, len(line), next(reversed(line)), events)
         return None
-
-    def _fit(self, ids: Iterable[int], limits: Limits) -> list[int]:
-        events = size = packed = 0
-        fitting: list[int] = []
-        for ident in ids:
-            events += self._chunks[ident].events
-            size += self._chunks[ident].size
-            packed += len(self._chunks[ident].packed)
-            if fitting and (events > limits.events or size > limits.size or packed > limits.packed):
-                break
-            fitting.append(ident)
-        return fitting
 
     async def settle(
         self,

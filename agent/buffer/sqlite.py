@@ -20,7 +20,7 @@ from agent import config, crash
 from agent.buffer import NOBODY, Books, BufferBroken, BufferBusy, Stats
 from agent.buffer.desk import Asked, Desk, Group, ring
 from agent.buffer.dropping import Dropping
-from agent.buffer.file import Damage, advice, is_damage, is_full
+from agent.buffer.file import Damage, advice, disk_bytes, is_damage, is_full
 from agent.buffer.rows import Settlement
 from agent.buffer.store import Store
 from agent.buffer.stray import Astray
@@ -64,7 +64,7 @@ class SqliteBuffer(Desk):
 
     def stats(self) -> Stats:
         """See `Buffer.stats`."""
-        return self._stats._replace(disk_bytes=self._store.disk_bytes())
+        return self._stats._replace(disk_bytes=disk_bytes(self._store.path))
 
     def books(self) -> Books:
         """See `Buffer.books`."""
@@ -90,19 +90,16 @@ class SqliteBuffer(Desk):
         `until` is shielded: whoever is cancelled may still settle or release what it has on lease.
         """
         with until:
-            await self._serve()
-
-    async def _serve(self) -> None:
-        while True:
-            with trio.move_on_at(self._due()):
-                await self._bell.wait()
-            self._bell = trio.Event()
-            if trio.current_time() >= self._retry_at:
-                self._full, self._retry_at = False, inf
-            with trio.CancelScope(shield=True):  # what was taken off the queues is done
-                await self.serve_group()
-            if pages := self._surplus.step(self._store.free_pages, trio.current_time()):
-                await self._in_thread(partial(self._store.give_back_pages, pages))
+            while True:
+                with trio.move_on_at(self._due()):
+                    await self._bell.wait()
+                self._bell = trio.Event()
+                if trio.current_time() >= self._retry_at:
+                    self._full, self._retry_at = False, inf
+                with trio.CancelScope(shield=True):  # what was taken off the queues is done
+                    await self.serve_group()
+                if pages := self._surplus.step(self._store.free_pages, trio.current_time()):
+                    await self._in_thread(partial(self._store.give_back_pages, pages))
 
     def _due(self) -> float:
         """Until when to sleep, on trio's clock, when nobody asks for anything."""
@@ -271,11 +268,8 @@ class SqliteBuffer(Desk):
     def _tell_trouble(self, error: str) -> None:
         """One line when writing begins to fail, one when it works again."""
         if error and not self.trouble:
-            log.error(
-                "the buffer cannot be written; senders wait",
-                error=error,
-                hint="make room on the disk, or mend it; the agent tries again every second",
-            )
+            hint = "make room on the disk, or mend it; the agent tries again every second"
+            log.error("the buffer cannot be written; senders wait", error=error, hint=hint)
         elif self.trouble and not error and not self._deposits:
             log.info("the buffer is written again")
         self.trouble = error

@@ -12,7 +12,7 @@ from agent.buffer import Entry, Lease, Replayed, revived
 from agent.buffer.ages import Ages
 from agent.buffer.copies import Copies
 from agent.buffer.entries import entries_put, entries_settle
-from agent.buffer.file import Damage, Ownership, Room, close_beside_log, disk_bytes
+from agent.buffer.file import Damage, Ownership, Room, close_beside_log
 from agent.buffer.lane_rows import LaneRows
 from agent.buffer.lanes import Lane, Lanes
 from agent.buffer.opening import Found, opened, reopened
@@ -83,13 +83,9 @@ class Store:
             events = sum(chunk.events for lease in leases for chunk in lease.chunks)
             self.lanes.recall(lane, ids, events, [ident for ident in before if ident not in ids])
         self._ages = Ages(self._max_age, lambda: self.notes.clocks)
+        drops = self._when_full == "drop_oldest"
         self._shedding = Shedding(
-            self.path,
-            self._connection,
-            self.lanes,
-            self.room,
-            drop_oldest=self._when_full == "drop_oldest",
-            ages=self._ages,
+            self.path, self._connection, self.lanes, self.room, drop_oldest=drops, ages=self._ages
         )
         self._names = Names(self.path, self._connection)
         self._look_around()
@@ -123,10 +119,6 @@ class Store:
             self._connection.close()
             crash.point("close.closed")
             self.ownership.close()
-
-    def disk_bytes(self) -> int:
-        """The bytes of all files on disk."""
-        return disk_bytes(self.path)
 
     # --- one transaction -------------------------------------------------------------------------
 
