@@ -5,8 +5,9 @@ import os
 import random
 import signal
 import socket
+import sqlite3
 import time
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, closing, suppress
 from pathlib import Path
 from threading import Event, Thread
 
@@ -143,3 +144,31 @@ async def test_a_start_that_waits_for_its_configuration_can_be_ended(
             agent.send(number)
             assert await agent.process.wait() == 0
         assert not agent.log()
+
+
+async def test_a_stop_in_a_flood_of_lines_over_their_rate_keeps_its_time(tmp_path: Path) -> None:
+    """Two bytes a line, far more than is allowed: what was read is refused or counted as shed, in order."""
+    config = configure(tmp_path, "http://127.0.0.1:9")
+    path = f'path = "{tmp_path}/events.sock"'
+    config.write_text(config.read_text().replace(path, f"{path}\nuid_events_per_second = 20000"))
+    async with running(config) as agent:
+
+        async def flood() -> None:
+            async with await trio.open_unix_socket(agent.stream) as client:
+                with suppress(trio.BrokenResourceError):
+                    while True:
+                        await client.send_all(b"x\n" * 30_000)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(20):
+                nursery.start_soon(flood)
+            await trio.sleep(4)
+            agent.send(signal.SIGTERM)
+            asked = trio.current_time()
+            with trio.fail_after(30):
+                assert await agent.process.wait() == 0
+            assert trio.current_time() - asked < 5, agent.log()
+            nursery.cancel_scope.cancel()
+    with closing(sqlite3.connect(tmp_path / "buffer.db")) as database:
+        books = dict(database.execute("SELECT joint, sum(total) FROM books GROUP BY joint"))
+    assert books["received"] == books["rejected"] + books.get("shed", 0) > 0
