@@ -23,6 +23,7 @@ from agent.buffer import BufferBroken, BufferBusy
 from agent.buffer.file import Ownership
 from agent.buffer.memory import open_memory
 from agent.buffer.sqlite import open_sqlite
+from agent.cli.backup import command as backup
 from agent.events import Chunk, Tally
 from agent.flow import TOTAL
 from agent.metrics import Metrics
@@ -184,10 +185,43 @@ def test_a_backup_never_replaces_a_buffer(tmp_path: Path) -> None:
     assert refused.returncode == 2
     assert "is an agent's buffer" in refused.stderr
     assert (tmp_path / "buffer.db").read_text() == "theirs"
+    assert not [name for name in os.listdir(tmp_path) if name.startswith("buffer.db.") and "lock" not in name]
     nowhere = run("backup", "/no/such/folder/copy.db", *config)
     assert nowhere.returncode == 1
     assert "cannot be written" in nowhere.stderr
     assert "Traceback" not in nowhere.stderr
+
+
+FILES = ("", "-wal", "-wal.kept", "-journal", ".lock", ".reserve", ".new", ".new-wal", ".again", ".damaged-1")
+
+
+@pytest.mark.parametrize("end", FILES)
+def test_a_backup_never_replaces_a_file_of_a_buffer(
+    tmp_path: Path, end: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor its log, nor what else is named after it: by another spelling, through links, of another agent."""
+    for name in ("folder", "other", "place"):
+        (tmp_path / name).mkdir()
+    folder, other, place = tmp_path / "folder", tmp_path / "other", tmp_path / "place"
+    (tmp_path / "link").symlink_to(folder)
+    (other / "name").symlink_to(folder / f"buffer.db{end}")
+    (folder / "buffer.db").symlink_to(place / "data")
+    config = str(configure(folder, AWAY))  # no agent has run with it
+    Ownership(other / "their.db").close()
+    before = sorted(tmp_path.rglob("*"))
+    for name in (
+        f"{folder}/buffer.db{end}",
+        f"{other}/..//folder/./buffer.db{end}",
+        f"{tmp_path}/link/buffer.db{end}",
+        f"{other}/name",
+        f"{other}/their.db{end}",
+        f"{place}/data{end}",
+    ):
+        with pytest.raises(SystemExit) as refused:
+            backup.main([name, "--config", config], standalone_mode=False)
+        assert refused.value.code == 2, name
+        assert "is an agent's buffer" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 async def test_a_buffer_in_memory_is_exported_but_not_copied(tmp_path: Path) -> None:

@@ -10,13 +10,17 @@ from typing import IO, TYPE_CHECKING
 import click
 
 from agent.cli.asking import asked, parts_of, progress
-from agent.cli.options import config_option
+from agent.cli.options import config_option, read_config
 
 if TYPE_CHECKING:
     import httpx
 
 # The first byte comes when the agent has its copy; a disk that copies 10 MB/s takes so long for 10 GiB.
 PATIENCE_SECONDS = 1200.0
+
+LOCK = ".lock"
+# What the files are called that are named after a buffer: SQLite's, the agent's, and evidence.
+BESIDE = ("-wal", "-shm", "-journal", LOCK, ".reserve", ".new", ".again", ".copy-", ".damaged-")
 
 
 @click.command()
@@ -30,6 +34,7 @@ def command(file: str, config_file: str | None, as_json: bool) -> None:
     and on disk. Of an agent that does not run the file is copied.
     """
     size = 0
+    _refuse_the_buffers(file, config_file)
     with _replacing(file) as part:
 
         async def work(client: "httpx.AsyncClient") -> None:
@@ -52,16 +57,45 @@ def command(file: str, config_file: str | None, as_json: bool) -> None:
         click.echo(f"{file}: {size / 2**20:,.1f} MiB")
 
 
+def _refuse_the_buffers(path: str, config_file: str | None) -> None:
+    """Exit 2 where a copy of this name would replace a buffer, its log, or what else is named after it."""
+    named = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+    for place in (named, os.path.realpath(path)):
+        for buffer in (*_configured(config_file), *_locked(os.path.dirname(place))):
+            if place == buffer or (place.startswith(buffer) and place[len(buffer) :].startswith(BESIDE)):
+                text = f"capture-agent: {path}: is an agent's buffer or a file of its own ({buffer})"
+                click.echo(text, err=True)
+                click.echo("  try: another name for the copy", err=True)
+                raise SystemExit(2)
+
+
+def _configured(config_file: str | None) -> set[str]:
+    """The buffer of the configuration, by its name and where that leads; none where it cannot be read."""
+    from agent.config import ConfigError
+
+    try:
+        path = read_config(config_file, keys=False).buffer.path
+    except ConfigError:  # whoever asks the agent tells it
+        return set()
+    folder, name = os.path.split(path)
+    return {os.path.join(os.path.realpath(folder), name), os.path.realpath(path)}
+
+
+def _locked(folder: str) -> list[str]:
+    """Every buffer in a folder, whoever's it is: its lock is beside it."""
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return []
+    return [os.path.join(folder, name.removesuffix(LOCK)) for name in names if name.endswith(LOCK)]
+
+
 @contextmanager
 def _replacing(path: str) -> Iterator[IO[bytes]]:
     """A file that takes this name at the end of the block, on disk; where the block fails there is none.
 
     A timer's SIGTERM is as good as Ctrl-C: else it would leave half a copy behind each time.
     """
-    if os.path.exists(f"{path}.lock"):
-        click.echo(f"capture-agent: {path}: is an agent's buffer ({path}.lock is beside it)", err=True)
-        click.echo("  try: another name for the copy", err=True)
-        raise SystemExit(2)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     folder = os.path.dirname(path) or "."
     try:
