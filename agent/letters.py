@@ -30,8 +30,16 @@ class _Wish(msgspec.Struct):
     ids: list[int]
 
 
+class _Purge(msgspec.Struct):
+    """Which letters are to be forgotten: these, or of all up to an id as many as go at once."""
+
+    ids: list[int] | None = None
+    upto: int | None = None
+
+
 _read_event = msgspec.json.Decoder(_Event).decode
 _read_wish = msgspec.json.Decoder(_Wish).decode
+_read_purge = msgspec.json.Decoder(_Purge).decode
 
 
 def routes(letters: DeadLetters) -> list[Route]:
@@ -59,8 +67,15 @@ def routes(letters: DeadLetters) -> list[Route]:
         return _json({"done": replayed.letters, "full": replayed.full})
 
     async def purge(request: Request) -> Response:
-        wish = await _wish(request)
-        return wish if isinstance(wish, Response) else _json({"done": await letters.purge(wish.ids)})
+        try:
+            wish = _read_purge(await request.body())
+        except (msgspec.DecodeError, RecursionError):
+            wish = _Purge()
+        if wish.ids is not None:
+            return _json({"done": await letters.purge(wish.ids)})
+        if wish.upto is not None:
+            return _json({"done": await letters.purge_upto(wish.upto)})
+        return _refused('the body is neither {"ids": [1, 2, ...]} nor {"upto": 2}')
 
     return [
         Route("/dead-letters", index),

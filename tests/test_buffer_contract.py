@@ -19,6 +19,7 @@ from agent import config
 from agent.buffer import (
     CLOCKS_KEPT,
     MOST_BURIALS,
+    PURGED_AT_ONCE,
     SOCKETS_KEPT,
     Buffer,
     DeadEvent,
@@ -426,6 +427,26 @@ async def test_purged_letters_are_gone(opened: Opener) -> None:
         assert await buffer.purge([ids[0]]) == 0
         assert [letter.id for letter in await buffer.letters(0, 10)] == [ids[1]]
         assert total(buffer, "purged") == 2
+        assert_balanced(buffer)
+
+
+async def test_all_letters_up_to_one_are_purged(opened: Opener) -> None:
+    """In lots, the oldest first, each under its own label; a newer one stays."""
+    async with opened(durability="normal") as buffer:
+        many = PURGED_AT_ONCE + 10
+        await put(buffer, chunk(1, many), chunk(2, 2, key="a"))
+        first, second = await take(buffer), await take(buffer)
+        of_key, own = (first, second) if first.key else (second, first)
+        await buffer.settle(own, [dead()] * many)
+        await buffer.settle(of_key, [dead(key="a")] * 2)
+        newest = (await buffer.letters_kept()).newest - 1
+        assert await buffer.purge_upto(0) == await buffer.purge_upto(-(2**70)) == 0
+        lots = [await buffer.purge_upto(newest) for _ in range(3)]
+        assert lots == [PURGED_AT_ONCE, 11, 0]
+        (left,) = await buffer.letters(0, 10)
+        assert (left.id, left.key) == (newest + 1, "a")
+        assert [total(buffer, "purged", label=label) for label in ("default", "other")] == [many, 1]
+        assert await buffer.purge_upto(2**70) == 1
         assert_balanced(buffer)
 
 

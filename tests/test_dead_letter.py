@@ -244,6 +244,9 @@ async def test_nobody_there_is_said(tmp_path: Path) -> None:
         ("POST", "/dead-letters/replay", b'{"ids": [%d, %d]}' % (2**63, -(2**70)), 200),
         ("POST", "/dead-letters/replay", b"{}", 400),
         ("POST", "/dead-letters/purge", b'{"ids": "all"}', 400),
+        ("POST", "/dead-letters/purge", b"{}", 400),
+        ("POST", "/dead-letters/purge", b'{"upto": "all"}', 400),
+        ("POST", "/dead-letters/purge", b'{"upto": %d}' % (2**70), 200),
         ("GET", "/dead-letters/purge", b"", 405),
     ],
 )

@@ -105,6 +105,11 @@ class LettersKept(NamedTuple):
 # What is asked for in one go: at most 100 events of 900 KiB, and most are a thousandth of that.
 LETTERS_AT_ONCE = 100
 
+# What is forgotten in one go, as most letters are small: 10 ms, most of them the disk's sync. More bytes than
+# these take longer, as each page is given back.
+PURGED_AT_ONCE = 1000
+PURGED_BYTES = 32 * 2**20
+
 # Earlier burials of one event that are kept: enough to see a pattern, and no letter grows without bound.
 MOST_BURIALS = 20
 
@@ -224,7 +229,7 @@ class Buffer(Protocol):
 class DeadLetters(Protocol):
     """What PostHog refused, for people to look at; kept by the same classes that are a `Buffer`.
 
-    Each method is one transaction, so it is asked for at most `LETTERS_AT_ONCE`.
+    Each method is one transaction, so it is asked for at most `LETTERS_AT_ONCE` where events are read.
     Raises `BufferBroken` where the buffer cannot be read or written.
     """
 
@@ -242,6 +247,9 @@ class DeadLetters(Protocol):
 
     async def purge(self, ids: Sequence[int]) -> int:
         """Forget these for good; how many of them there were."""
+
+    async def purge_upto(self, newest: int) -> int:
+        """Forget the oldest up to this id, at most `PURGED_AT_ONCE`: how many; 0: there are no more."""
 
 
 # A chunk that is in the buffer, on lease or not, by its id; ids rise as chunks are put.

@@ -180,6 +180,10 @@ class Desk:
         """See `DeadLetters.purge`."""
         return await self._run(lambda store: store.purge(ids))
 
+    async def purge_upto(self, newest: int) -> int:
+        """See `DeadLetters.purge_upto`."""
+        return await self._run(lambda store: store.purge_upto(newest))
+
     async def newest(self) -> int:
         """See `Contents.newest`."""
         return await self._run(lambda store: store.copies.newest())

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from agent.buffer import DeadEvent, DeadLetter, Entry
+from agent.buffer import PURGED_AT_ONCE, PURGED_BYTES, DeadEvent, DeadLetter, Entry
 from agent.buffer.file import Damage
 from agent.buffer.rows import Change, read_burials, told_burials
 from agent.events import label_of
@@ -18,6 +18,8 @@ INSERT = """INSERT INTO dead
 COUNT = """SELECT count(*), ifnull(sum(size), 0)
     + (SELECT ifnull(sum(length(event)), 0) FROM dead WHERE size IS NULL),
     ifnull((SELECT max(id) FROM dead), 0) FROM dead"""
+# Of an event only the length, which is told without reading it.
+OLDEST_UPTO = "SELECT id, project, key, ifnull(length(event), 0) FROM dead WHERE id <= ? ORDER BY id LIMIT ?"
 OLDEST = "SELECT id, ifnull(length(event), 0) FROM dead ORDER BY id LIMIT 1"
 SELECT = """SELECT id, project, key, CAST(event AS BLOB), reason, detail, at, received_at, boot,
     monotonic, marks, attempts, burials FROM dead"""
@@ -63,6 +65,22 @@ class Letters:
         """A letter leaves, which is entered at `joint`."""
         self._forget(letter.id, len(letter.event), change)
         change.books[Entry(joint, label_of(letter.project, letter.key), "")] += 1
+
+    def purge_upto(self, newest: int, change: Change) -> int:
+        """See `DeadLetters.purge_upto`."""
+        letters = last = size = 0
+        rows = self._connection.execute(OLDEST_UPTO, (max(0, min(newest, IDS[-1])), PURGED_AT_ONCE))
+        for ident, project, key, length in rows:
+            if letters and size + length > PURGED_BYTES:
+                break
+            if not isinstance(project, str):
+                raise Damage("a dead letter is not what was written")
+            letters, last, size = letters + 1, ident, size + length
+            change.books[Entry("purged", label_of(project, key), "")] += 1
+        self._connection.execute("DELETE FROM dead WHERE id <= ?", (last,))
+        change.dead_letters -= letters
+        change.dead_bytes -= size
+        return letters
 
     def _forget(self, ident: int, size: int, change: Change) -> None:
         self._connection.execute("DELETE FROM dead WHERE id = ?", (ident,))

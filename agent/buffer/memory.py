@@ -245,6 +245,10 @@ class MemoryBuffer:
             self._books[Entry("purged", label_of(letter.project, letter.key), "")] += 1
         return len(letters)
 
+    async def purge_upto(self, newest: int) -> int:
+        """See `DeadLetters.purge_upto`."""
+        return await self.purge(self._dead.oldest_upto(newest))
+
     async def newest(self) -> int:
         """See `Contents.newest`."""
         await trio.lowlevel.checkpoint()

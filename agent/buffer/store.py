@@ -310,6 +310,11 @@ class Store:
                 self.letters.take_out(letter, "purged", change)
         return len(letters)
 
+    def purge_upto(self, newest: int) -> int:
+        """See `DeadLetters.purge_upto`."""
+        with self._transaction() as change:
+            return self.letters.purge_upto(newest, change)
+
     def note_clock(self, boot: str, ahead: int) -> None:
         """See `Buffer.note_clock`."""
         with self._transaction():

@@ -125,7 +125,10 @@ def purge(config_file: str | None, ids: Sequence[int], everything: bool, as_json
             if not sys.stdin.isatty():
                 raise click.UsageError("give the IDs to forget, or --all: there is nobody to ask")
             click.confirm(f"Forget all {count:,} dead letters for good?", abort=True, err=True)
-        found, total, _ = await _each(letters, ids, letters.purge)
+        if ids:
+            found, total, _ = await _each(letters, ids, letters.purge)
+        else:
+            found, total = await _purge_all(letters)
         _tell(found, total, "purged", as_json=as_json)
         if ids and found < total:
             raise _unknown(ids)
@@ -186,6 +189,18 @@ async def _each(
             if full:
                 break
     return found, total, full
+
+
+async def _purge_all(letters: Shelf) -> tuple[int, int]:
+    """Forget all that there are now: how many, and of how many."""
+    from agent.buffer import PURGED_AT_ONCE
+
+    found, kept = 0, await letters.kept()
+    with progress(kept.kept, shown=kept.kept > PURGED_AT_ONCE) as advance:
+        async for done in letters.purge_upto(kept.newest):
+            found += done
+            advance(done)
+    return found, kept.kept
 
 
 def _tell(found: int, total: int, done: str, *, as_json: bool) -> None:

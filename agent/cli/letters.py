@@ -96,8 +96,14 @@ class Shelf:
         """Forget some: how many there were."""
         return (await self._do("purge", ids)).done, False
 
-    async def _do(self, verb: str, ids: Sequence[int]) -> _Done:
-        answer = await self._client.post(f"/dead-letters/{verb}", json={"ids": list(ids)})
+    async def purge_upto(self, newest: int) -> AsyncIterator[int]:
+        """Forget all up to an id, in lots: how many each time."""
+        while done := (await self._do("purge", newest)).done:
+            yield done
+
+    async def _do(self, verb: str, which: Sequence[int] | int) -> _Done:
+        wish = {"upto": which} if isinstance(which, int) else {"ids": list(which)}
+        answer = await self._client.post(f"/dead-letters/{verb}", json=wish)
         return msgspec.json.decode(answer.raise_for_status().content, type=_Done)
 
     async def _page(self, after: int, *, full: bool) -> Page:
