@@ -1,7 +1,7 @@
 """The dead letters' pages: listed, shown, sent again, forgotten; for the admin socket only.
 
 They serve a running agent's socket and, where none runs, the command that opened the buffer itself: so there
-is one way to ask. A page holds at most `LETTERS_AT_ONCE`, so that neither side ever holds many.
+is one way to ask. A page holds at most `LETTERS_PAGE`, so that neither side ever holds many.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from agent import crash
-from agent.buffer import LETTERS_AT_ONCE, DeadLetter, DeadLetters
+from agent.buffer import LETTERS_PAGE, DeadLetter, DeadLetters
 from agent.units import format_time
 
 
@@ -51,7 +51,7 @@ def routes(letters: DeadLetters) -> list[Route]:
         if not _is_number(after):
             return _refused("after is not the id of a dead letter")
         kept = await letters.letters_kept()
-        page = [_told(letter, full=full) for letter in await letters.letters(int(after), LETTERS_AT_ONCE)]
+        page = [_told(letter, full=full) for letter in await letters.letters(int(after), LETTERS_PAGE)]
         return _json({"kept": kept.letters, "newest": kept.newest, "letters": page})
 
     async def show(request: Request) -> Response:

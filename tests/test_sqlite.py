@@ -502,3 +502,15 @@ async def test_a_put_that_is_tried_again_is_still_waiting(tmp_path: Path) -> Non
         await buffer.answer()
         assert buffer.stats().waiting == 0
         assert total(buffer, "shed", "shutdown") == 10
+
+
+async def test_a_page_of_letters_is_bounded_in_bytes(tmp_path: Path) -> None:
+    """However large they are: nobody holds hundreds of MiB to look at them, and each is on one page."""
+    async with opened(tmp_path / "b.db") as buffer:
+        await put(buffer, chunk(1, 20))
+        await buffer.settle(await take(buffer), [dead(event=b"x" * 2**20)] * 20)
+        pages, after = [], 0
+        while page := await buffer.letters(after, 500):
+            pages.append(len(page))
+            after = page[-1].id
+        assert pages == [9, 9, 2]

@@ -117,6 +117,10 @@ class LettersKept(NamedTuple):
 # What is asked for in one go: at most 100 events of 900 KiB, and most are a thousandth of that.
 LETTERS_AT_ONCE = 100
 
+# What is looked at in one go: of most letters 10 ms, in which nobody else has the file.
+LETTERS_PAGE = 500
+LETTERS_BYTES = 8 * 2**20
+
 # What is forgotten in one go, as most letters are small: 10 ms, most of them the disk's sync. More bytes than
 # these take longer, as each page is given back.
 PURGED_AT_ONCE = 1000
@@ -258,7 +262,7 @@ class DeadLetters(Protocol):
         """How many there are."""
 
     async def letters(self, after: int, most: int) -> Sequence[DeadLetter]:
-        """The first `most` letters whose id is beyond `after`, the oldest first."""
+        """The first `most` letters whose id is beyond `after`, the oldest first; fewer of large ones."""
 
     async def letter(self, ident: int) -> DeadLetter | None:
         """One of them."""

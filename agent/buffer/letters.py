@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from agent.buffer import PURGED_AT_ONCE, PURGED_BYTES, DeadEvent, DeadLetter, Entry
+from agent.buffer import LETTERS_BYTES, PURGED_AT_ONCE, PURGED_BYTES, DeadEvent, DeadLetter, Entry
 from agent.buffer.file import Damage
 from agent.buffer.rows import Change, read_burials, told_burials
 from agent.events import label_of
@@ -92,7 +92,14 @@ class Letters:
         if after > IDS[-1]:
             return []
         rows = self._connection.execute(f"{SELECT} WHERE id > ? ORDER BY id LIMIT ?", (after, most))
-        return [_letter(row) for row in rows]
+        found: list[DeadLetter] = []
+        size = 0
+        for row in rows:
+            found.append(_letter(row))
+            size += len(found[-1].event)
+            if size > LETTERS_BYTES:
+                break
+        return found
 
     def of_ids(self, ids: Sequence[int]) -> list[DeadLetter]:
         """Those of the letters that there are, each once."""

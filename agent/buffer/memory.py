@@ -16,7 +16,6 @@ from agent import config
 from agent.buffer import (
     CLOCKS_KEPT,
     NOBODY,
-    PURGED_AT_ONCE,
     SOCKETS_KEPT,
     Books,
     BufferBroken,
@@ -240,9 +239,7 @@ class MemoryBuffer:
 
     async def purge_upto(self, newest: int) -> int:
         """See `DeadLetters.purge_upto`."""
-        return await self.purge(
-            [ident for ident in islice(self._dead.kept, PURGED_AT_ONCE) if ident <= newest]
-        )
+        return await self.purge(self._dead.oldest_upto(newest))
 
     async def newest(self) -> int:
         """See `Contents.newest`."""

@@ -1,10 +1,11 @@
 """The dead letters of a buffer in memory, within their part of its bound."""
 
 from collections.abc import Sequence
+from itertools import islice
 
 import msgspec
 
-from agent.buffer import DeadEvent, DeadLetter
+from agent.buffer import PURGED_AT_ONCE, DeadEvent, DeadLetter
 
 
 class MemoryLetters:
@@ -29,6 +30,10 @@ class MemoryLetters:
     def forget(self, ident: int) -> None:
         """One of them is gone."""
         self._bytes -= len(self.kept.pop(ident).event)
+
+    def oldest_upto(self, newest: int) -> list[int]:
+        """The ids of the oldest, as many as are forgotten at once; none beyond this."""
+        return [ident for ident in islice(self.kept, PURGED_AT_ONCE) if ident <= newest]
 
     def of_ids(self, ids: Sequence[int]) -> list[DeadLetter]:
         """Those of these that there are, each once."""

@@ -76,8 +76,9 @@ class Shelf:
             yield ids[start : start + LETTERS_AT_ONCE]
         after = 0
         while not ids and after < newest and (letters := (await self._page(after, full=False)).letters):
-            if some := [letter.id for letter in letters if letter.id <= newest]:
-                yield some
+            some = [letter.id for letter in letters if letter.id <= newest]
+            for start in range(0, len(some), LETTERS_AT_ONCE):
+                yield some[start : start + LETTERS_AT_ONCE]
             after = letters[-1].id
 
     async def one(self, ident: int) -> Letter | None:
