@@ -473,3 +473,11 @@ def test_a_batch_of_an_sdk_is_quick() -> None:
     )
     for _ in range(100):
         read_request(request)
+
+
+def test_who_has_little_time_looks_at_few_brackets() -> None:
+    """Each is looked at by itself: what has more of them is told as too large, and may be read elsewhere."""
+    body = b"[" * 50_000
+    request = Request("/batch/", "", {}, body, AT, 2**20)
+    found = [read_request(request._replace(brackets=most)) for most in (10_000, 100_000)]
+    assert [isinstance(one, Answer) and one.status for one in found] == [413, 400]

@@ -89,3 +89,18 @@ async def test_what_a_stop_left_no_time_for_is_booked() -> None:
         accepted, shed = books[Entry("accepted", "app", "")], books[Entry("shed", "app", "shutdown")]
         assert 0 < accepted < 7
         assert accepted + shed == books[Entry("received", "app", "")] == 9
+
+
+async def test_blank_lines_hold_nobody_up() -> None:
+    """There is nothing to put of them, but between two parts of a long read others have their turn."""
+    async with open_memory(config.Buffer(path="/memory", kind="memory")) as buffer:
+        putter = Putter("app", Door(RULES), buffer)
+        putter.offer(Read(b"\n" * (8 * MOST_LINES), Clock().now()), urgent=True)
+        putter.close()
+        turns = 0
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(putter.run)
+            while putter.left():
+                await trio.lowlevel.checkpoint()
+                turns += 1
+        assert turns >= 8

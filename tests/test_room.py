@@ -6,14 +6,15 @@ from trio.testing import wait_all_tasks_blocked
 from agent.accept.room import (
     CLIENT_BYTES,
     CLIENT_LINES,
-    FRESH_BYTES,
+    LITTLE_BYTES,
     QUEUE_BYTES,
+    SPARE_BYTES,
     USER_BYTES,
     USER_READS,
     Room,
 )
 
-FLOODING, GOOD, OTHER = 1, 2, "192.0.2.1"
+FLOODING, GOOD, OTHER = 1, 2, 3
 
 
 async def waits(room: Room, client: object, user: object) -> bool:
@@ -34,23 +35,23 @@ async def test_who_has_much_on_his_way_waits_alone() -> None:
     room.hold("c", FLOODING, USER_BYTES - 2 * CLIENT_BYTES + 1, 1)
     assert await waits(room, "b", FLOODING)
     room.hold("d", GOOD, QUEUE_BYTES - USER_BYTES, 1)
-    room.hold("e", OTHER, 1, 1)
+    room.hold("e", OTHER, LITTLE_BYTES, 1)
     assert await waits(room, "e", OTHER)
     room.free("a", FLOODING, CLIENT_BYTES, 1)
     assert not await waits(room, "a", FLOODING)
     assert not await waits(room, "e", OTHER)
 
 
-async def test_who_has_nothing_on_his_way_is_not_kept_out_by_those_who_have() -> None:
-    """Else one among many of one address would wait for all of theirs."""
+async def test_who_has_little_on_his_way_is_not_kept_out_by_those_who_have() -> None:
+    """Else one among many whom nobody can tell apart would wait for all of theirs."""
     room = Room()
     room.hold("a", FLOODING, USER_BYTES, 1)
     assert not await waits(room, "b", FLOODING)
-    room.hold("b", FLOODING, FRESH_BYTES, 1)
+    room.hold("b", FLOODING, SPARE_BYTES, 1)
     assert await waits(room, "c", FLOODING)
-    room.hold("d", GOOD, QUEUE_BYTES - USER_BYTES - FRESH_BYTES, 1)
+    room.hold("d", GOOD, QUEUE_BYTES - USER_BYTES - SPARE_BYTES, 1)
     assert not await waits(room, "e", OTHER)
-    room.hold("e", OTHER, FRESH_BYTES, 1)
+    room.hold("e", OTHER, SPARE_BYTES, 1)
     assert await waits(room, "f", OTHER)
 
 
@@ -100,5 +101,5 @@ async def test_those_who_waited_do_not_read_all_at_once() -> None:
         room.free("a", FLOODING, 1, 0)
         room.tell()
         await wait_all_tasks_blocked()
-        assert room.held <= USER_BYTES + FRESH_BYTES + USER_READS * CLIENT_BYTES
+        assert room.held <= USER_BYTES + SPARE_BYTES + USER_READS * CLIENT_BYTES
         nursery.cancel_scope.cancel()

@@ -264,6 +264,7 @@ class Putter:
             _tell(gathered, decoded, shed=taken < events)
         else:
             _tell(gathered, decoded, shed=False)
+            await trio.lowlevel.checkpoint()  # or a queue of blank lines would be one long put
         for part in gathered:
             offered, size = part.offered, len(part.read.lines) + OFFER_BYTES * part.last
             self._room.free(offered.client, offered.user, size, part.lines)

@@ -143,7 +143,7 @@ class StreamSource:
         unsent = b"" if handed is None else handed.unsent
         peer = PlainPeer(sock, unsent) if self._tls is None else TlsPeer(sock, self._tls)
         uid = peer_of(sock.getsockopt).uid if sock.family == socket.AF_UNIX else None
-        connection = Connection(self, peer, origin, handed, _address(sock) if uid is None else uid)
+        connection = Connection(self, peer, origin, handed, uid)
         self.connections.add(connection)
         if uid is not None:
             self.shortage.came(connection, uid)
@@ -171,14 +171,6 @@ class StreamSource:
                 async with self._partings:
                     with trio.move_on_after(PARTING_SECONDS):
                         await _discard(sock)
-
-
-def _address(sock: trio.socket.SocketType) -> object:
-    """Where a TCP client is: all there are one user. None of one that has gone, or is unknown."""
-    try:
-        return sock.getpeername()[0] if sock.family != socket.AF_UNIX else None
-    except OSError:
-        return None
 
 
 async def _discard(sock: trio.socket.SocketType) -> None:

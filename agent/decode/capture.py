@@ -129,7 +129,7 @@ def read_request(request: Request) -> Posted | Answer:
     if isinstance(unpacked, Answer):
         return unpacked
     text = unpacked.text
-    parted = _part(text)
+    parted = _part(text, request.brackets)
     if isinstance(parted, Answer):
         return parted
     root, events, batched = parted
@@ -174,10 +174,10 @@ def _unreadable(why: bytes = _WORDS) -> Answer:
     return Answer(400, b"failed to parse request: " + why, events=1)
 
 
-def _part(text: bytes) -> _Parted | Answer:
+def _part(text: bytes, brackets: int) -> _Parted | Answer:
     """The root and the events, in whichever shape they came."""
     if crowded(text):
-        return _part_slowly(text)
+        return _part_slowly(text, brackets)
     try:
         if text.lstrip()[:1] == b"[":
             return _Parted(_Root(), _array(text), batched=False)
@@ -185,7 +185,7 @@ def _part(text: bytes) -> _Parted | Answer:
     except msgspec.ValidationError:
         return _unreadable()
     except DECODE_ERRORS as error:
-        parted = _part_slowly(text)
+        parted = _part_slowly(text, brackets)
         if isinstance(parted, _Parted) or parted.status != 400 or not isinstance(error, msgspec.DecodeError):
             return parted
         return _unreadable(str(error).encode())
@@ -194,9 +194,9 @@ def _part(text: bytes) -> _Parted | Answer:
     return _Parted(root, root.batch, batched=True)
 
 
-def _part_slowly(text: bytes) -> _Parted | Answer:
+def _part_slowly(text: bytes, brackets: int) -> _Parted | Answer:
     """What is whole of a body with a broken event in it, or of one that may hold too many of them."""
-    shards = shatter(text)
+    shards = shatter(text, brackets)
     if shards == "too_large":
         words = f"maximum event size exceeded: {TOO_MANY}".encode()
         return Answer(413, words, reason="too_large", events=1)

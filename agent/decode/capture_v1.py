@@ -106,7 +106,7 @@ _TROUBLES: Mapping[Trouble, Answer] = {
 def read_request(request: Request) -> Posted | Answer:
     """The events of a request, or why PostHog would refuse all of it."""
     text = _open(request)
-    root = text if isinstance(text, Answer) else _part(text)
+    root = text if isinstance(text, Answer) else _part(text, request.brackets)
     events = root.events if isinstance(root, Answer) else len(root.batch)
     if (refused := _refused_headers(request.headers)) is not None:
         return refused._replace(
@@ -200,7 +200,7 @@ def _open(request: Request) -> bytes | Answer:
     return text
 
 
-def _part(text: bytes) -> _Root | Answer:
+def _part(text: bytes, brackets: int) -> _Root | Answer:
     """The root and its events, of which there is one at least."""
     root: _Root | Answer | None = None
     try:
@@ -211,15 +211,15 @@ def _part(text: bytes) -> _Root | Answer:
     except DECODE_ERRORS:
         pass
     if root is None:
-        root = _part_slowly(text)
+        root = _part_slowly(text, brackets)
     if isinstance(root, _Root) and not root.batch:
         return error(400, "empty_batch", "request batch is empty")
     return root
 
 
-def _part_slowly(text: bytes) -> _Root | Answer:
+def _part_slowly(text: bytes, brackets: int) -> _Root | Answer:
     """What is whole of a body with a broken event in it, or of one that may hold too many of them."""
-    shards = shatter(text)
+    shards = shatter(text, brackets)
     if shards == "too_large":
         return _too_large(TOO_MANY)
     try:

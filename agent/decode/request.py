@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
+from agent.decode.shards import MOST_BRACKETS
 from agent.events import Instant, Reason
 
 TEXT, JSON = "text/plain; charset=utf-8", "application/json"
@@ -11,8 +12,9 @@ TEXT, JSON = "text/plain; charset=utf-8", "application/json"
 class Request(NamedTuple):
     """One request that is whole; header names are in small letters.
 
-    `limit` is how many bytes its body may have when it is unpacked. `near` says that it came from this host
-    or its private network, so that the address tells nothing of where its events happened.
+    `limit` is how many bytes its body may have when it is unpacked, `brackets` how many of those where each
+    has to be looked at. `near` says that it came from this host or its private network, so that the address
+    tells nothing of where its events happened.
     """
 
     path: str
@@ -22,6 +24,7 @@ class Request(NamedTuple):
     at: Instant
     limit: int
     near: bool = False
+    brackets: int = MOST_BRACKETS
 
 
 class Answer(NamedTuple):

@@ -37,17 +37,17 @@ TOO_MANY = f"more than {MOST_EVENTS} events or {MOST_BRACKETS} brackets"
 Senseless = Literal["malformed_json", "too_large"]
 
 
-def shatter(text: bytes) -> Shards | Senseless:
-    """The events of an array, or of an object's `batch`."""
-    opened = _list_of(text)
-    if opened is None:
-        return "malformed_json"
+def shatter(text: bytes, most: int = MOST_BRACKETS) -> Shards | Senseless:
+    """The events of an array, or of an object's `batch`, if it has no more than `most` brackets."""
+    opened = _list_of(text, most)
+    if isinstance(opened, str):
+        return opened
     events: list[bytes] = []
     inside: list[bytes] = []  # the brackets that are open in the event
     end = opened  # where the last event ended
     for number, token in enumerate(_NEXT.finditer(text, opened)):
         kind, place = token[1], token.start(1)
-        if number > MOST_BRACKETS or len(events) > MOST_EVENTS:
+        if number > most or len(events) > MOST_EVENTS:
             return "too_large"
         if kind is None:
             break
@@ -73,20 +73,22 @@ def shatter(text: bytes) -> Shards | Senseless:
     return "malformed_json"
 
 
-def _list_of(text: bytes) -> int | None:
-    """Where the list of events begins; None where there is none."""
+def _list_of(text: bytes, most: int) -> int | Senseless:
+    """Where the list of events begins, or why there is none."""
     array = text.lstrip()[:1] == b"["
     depth = 0
     for number, token in enumerate(_NEXT.finditer(text)):
         kind = token[1]
-        if kind is None or number > MOST_BRACKETS:
-            return None
+        if number > most:
+            return "too_large"
+        if kind is None:
+            break
         if array or (depth == 1 and kind == b"[" and _BATCH.search(token[0]) is not None):
             return token.end()
         depth += 1 if kind in (b"{", b"[") else -1
         if depth <= 0:
-            return None
-    return None
+            break
+    return "malformed_json"
 
 
 def _add(events: list[bytes], text: bytes) -> None:

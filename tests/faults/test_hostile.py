@@ -290,6 +290,8 @@ BY_DOOR = {
 }
 # 99 of 100 events of 5,000 a second wait so long at most; tried so often, as others work on this host too.
 P99_MS, TRIES = 100, 3
+# And in the short form, which tells a queue that is not fair (7 s and more) from a host that is busy.
+BUSY_MS = 1500
 
 
 async def beside(fort: Fortress, ca: str, flood: Flood, texts: list[str], seconds: float) -> float:
@@ -314,6 +316,7 @@ async def test_floods_beside_a_good_client(papers: Papers, record_property: Told
         before = fort.descriptors()
         for name in ("unix_stream", "http", "no http"):
             p99 = await beside(fort, papers.ca, BY_DOOR[name], texts, 1.5)
+            assert p99 < BUSY_MS, name
             told.append(f"{name}: p99 {p99} ms")
         books = await fort.holds(before)
         told.append(f"{books['rejected']} lines refused, {fort.memory() // MIB} MiB")
