@@ -8,6 +8,7 @@ import ssl
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,6 +149,15 @@ class Fortress(NamedTuple):
                 with trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagram:
                     await datagram.sendto(good(number + 11), self.doors["udp"])
                 await trio.sleep(0.1)
+
+    async def serves_for(self, seconds: float) -> None:
+        """Again and again for a time, at least once."""
+        end = trio.current_time() + seconds
+        for number in count(100, 30):
+            await trio.sleep(1)
+            await self.serves(number)
+            if trio.current_time() >= end:
+                return
 
     async def quiet(self) -> dict[str, Any]:
         """The books, once everything that came is in them and delivered; they balance.

@@ -137,9 +137,7 @@ async def test_slow_clients(papers: Papers, times: int, seconds: int, record_pro
         async with trio.open_nursery() as nursery:
             for slow in SLOW * times:
                 nursery.start_soon(drip, fort, slow, partial(opened.append, slow))
-            for second in range(seconds):
-                await trio.sleep(1)
-                await fort.serves(100 + 30 * second)
+            await fort.serves_for(seconds)
             nursery.cancel_scope.cancel()
         await fort.holds(before)
         record_property("told", f"{len(opened)} for {seconds} s, {fort.memory() // MIB} MiB")
@@ -170,9 +168,7 @@ async def test_clients_that_never_read(
         async with trio.open_nursery() as nursery:
             for door, text in UNREAD * times:
                 nursery.start_soon(ask, door, text)
-            for second in range(seconds):
-                await trio.sleep(1)
-                await fort.serves(100 + 30 * second)
+            await fort.serves_for(seconds)
             nursery.cancel_scope.cancel()
         books = await fort.holds(before)
         told = f"{len(UNREAD) * times} clients for {seconds} s, {books['rejected']} lines refused"
