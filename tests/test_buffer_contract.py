@@ -143,6 +143,18 @@ async def test_what_was_put_is_taken_in_order(opened: Opener) -> None:
         assert_balanced(buffer)
 
 
+async def test_the_oldest_is_as_old_as_its_boots_clock_says(opened: Opener) -> None:
+    """Setting the host's clock makes no event 56 years old."""
+    async with opened() as buffer:
+        assert buffer.stats().oldest is None
+        now = Clock().now()
+        came = {"received_at": 1_000_000, "monotonic": now.monotonic - 5_000_000, "boot": now.boot}
+        await put(buffer, chunk(1, **came))
+        oldest = buffer.stats().oldest
+        assert oldest is not None
+        assert 5_000_000 <= Clock().now().wall - oldest < 15_000_000
+
+
 async def test_a_lease_keeps_its_limits(opened: Opener) -> None:
     """Neither more events nor more bytes, packed or not, than asked for, but always one chunk."""
     async with opened() as buffer:

@@ -145,7 +145,7 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True, eq=False):
 
 
 class Stats(NamedTuple):
-    """What the buffer holds: events, their packed bytes, bytes on disk, the bound, the oldest's time (µs).
+    """What the buffer holds: events, their packed bytes, bytes on disk, the bound, when the oldest came (µs).
 
     `free_bytes` is what `put` may still use; the bytes on disk do not tell, as some are free pages, and some
     of the bound is kept for `settle`. `unleased` is the events of each project that nobody has on lease.

@@ -72,6 +72,13 @@ class Ages:
             self.after, self._began = 0, now.monotonic
         return found
 
+    def came(self, stamped: Instant | None) -> int | None:
+        """When (µs) that was, by the wall clock as it is set now; what nobody can tell counts as now."""
+        if stamped is None:
+            return None
+        now = self._clock.now()
+        return now.wall - (age(stamped, now, self._clocks()) or 0)
+
     def until(self, chunks: Sequence[Chunk]) -> int | None:
         """When (µs, by this boot's own clock) the oldest is too old; None where that is never.
 

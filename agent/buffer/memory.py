@@ -308,7 +308,7 @@ class MemoryBuffer:
             bytes=sum(len(chunk.packed) for chunk in self._chunks.values()),
             disk_bytes=0,
             limit_bytes=self._settings.max_size,
-            oldest=next((chunk.received_at for chunk in self._chunks.values()), None),
+            oldest=self._ages.came(next(map(stamp, self._chunks.values()), None)),
             dead_letters=len(self._dead.kept),
             free_bytes=max(0, self._settings.max_size - self._bytes),
             waiting=self._callers,

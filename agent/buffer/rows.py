@@ -26,7 +26,7 @@ OLDEST = "SELECT id, project, key FROM chunk ORDER BY id"
 STAMPS = """SELECT id, project, key, ifnull(CAST(received_at AS INTEGER), 0),
     ifnull(CAST(monotonic AS INTEGER), 0), ifnull(CAST(boot AS TEXT), '')
     FROM chunk WHERE id > ? ORDER BY id"""
-FIRST_TIME = "SELECT ifnull(CAST(received_at AS INTEGER), 0) FROM chunk ORDER BY id LIMIT 1"
+FIRST_STAMP = f"{STAMPS} LIMIT 1"
 IDS_UPTO = "SELECT id FROM chunk WHERE project = ? AND key IS ? AND id <= ? ORDER BY id"
 INDEXED = """SELECT events, bytes FROM chunk INDEXED BY chunk_lane
     WHERE project = ? AND key IS ? AND id = ?"""

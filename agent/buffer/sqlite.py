@@ -41,8 +41,7 @@ class SqliteBuffer(Desk):
 
     def __init__(self, store: Store, settings: config.Buffer, metrics: Metrics) -> None:
         super().__init__(store)
-        self._settings = settings
-        self._metrics = metrics
+        self._settings, self._metrics = settings, metrics
         self._limiter = trio.CapacityLimiter(1)
         self._retry_at = inf  # when what could not be done is tried again unasked, on trio's clock
         self._closing = False
@@ -64,7 +63,8 @@ class SqliteBuffer(Desk):
 
     def stats(self) -> Stats:
         """See `Buffer.stats`."""
-        return self._stats._replace(disk_bytes=disk_bytes(self._store.path))
+        store = self._store
+        return self._stats._replace(disk_bytes=disk_bytes(store.path), oldest=store.ages.came(store.first))
 
     def books(self) -> Books:
         """See `Buffer.books`."""
@@ -255,7 +255,7 @@ class SqliteBuffer(Desk):
             bytes=store.bytes,
             disk_bytes=0,
             limit_bytes=store.max_size,
-            oldest=store.oldest,
+            oldest=None,
             dead_letters=store.letters.count,
             free_bytes=max(0, store.free_bytes),
             waiting=len(self._deposits) if self._full or self.trouble else 0,

@@ -22,7 +22,7 @@ from agent.buffer.rows import (
     CHUNK_BY_ID,
     DELETE_CHUNK,
     ENTER,
-    FIRST_TIME,
+    FIRST_STAMP,
     IDS_UPTO,
     INSERT_CHUNK,
     ROW_BYTES,
@@ -36,7 +36,7 @@ from agent.buffer.rows import (
 from agent.buffer.shedding import Shedding
 from agent.buffer.space import give_back, give_back_room, is_torn
 from agent.buffer.stray import Names
-from agent.events import Chunk
+from agent.events import Chunk, Instant
 
 log = structlog.get_logger("buffer")
 
@@ -82,10 +82,10 @@ class Store:
             before = [row[0] for row in self._connection.execute(IDS_UPTO, (*lane, max(ids)))]
             events = sum(chunk.events for lease in leases for chunk in lease.chunks)
             self.lanes.recall(lane, ids, events, [ident for ident in before if ident not in ids])
-        self._ages = Ages(self._max_age, lambda: self.notes.clocks)
+        self.ages = Ages(self._max_age, lambda: self.notes.clocks)
         drops = self._when_full == "drop_oldest"
         self._shedding = Shedding(
-            self.path, self._connection, self.lanes, self.room, drop_oldest=drops, ages=self._ages
+            self.path, self._connection, self.lanes, self.room, drop_oldest=drops, ages=self.ages
         )
         self._names = Names(self.path, self._connection)
         self._look_around()
@@ -165,8 +165,8 @@ class Store:
         self._look_around()
 
     def _look_around(self) -> None:
-        row = self._connection.execute(FIRST_TIME).fetchone()
-        self.oldest: int | None = row[0] if row else None
+        row = self._connection.execute(FIRST_STAMP, (0,)).fetchone()
+        self.first = Instant(*row[3:]) if row else None
         self.free_pages: int = self._connection.execute("PRAGMA freelist_count").fetchone()[0]
         self.free_bytes = self._shedding.free()
 
@@ -222,7 +222,7 @@ class Store:
                 continue
             whole = tuple(chunk for chunk in chunks if chunk is not None)
             self.lanes.lease(lane, ids, sum(chunk.events for chunk in whole))
-            until = self._ages.until(whole)
+            until = self.ages.until(whole)
             taking.lease = Lease(project=lane[0], key=lane[1], chunks=whole, ids=tuple(ids), until=until)
             self._leases.add(taking.lease)
             crash.point("take.found")

@@ -4,6 +4,7 @@ It does not say which events a full or an old buffer sheds; it looks, and says w
 """
 
 import random
+import time
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping
 from copy import copy
@@ -213,7 +214,10 @@ class Ledger:
         assert stats.events == sum(one.events for one in rows.values())
         assert stats.bytes == sum(len(one.packed) for one in rows.values())
         assert stats.dead_letters == len(self.letters)
-        assert stats.oldest == (rows[min(rows)].received_at if rows else None)
+        assert (stats.oldest is None) == (not rows)
+        if stats.oldest is not None:
+            old = (time.time_ns() // 1000 - stats.oldest) / 1_000_000
+            assert (old > MAX_AGE) == (rows[min(rows)].boot == STALE)
         assert stats.waiting == len(self.puts)
         leased = self.leased_ids
         unleased: Counter[str] = Counter()
