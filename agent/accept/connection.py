@@ -113,11 +113,7 @@ class Connection:
         self._reader.resume(handed.unfinished)
         self._acks = None if handed.totals is None else Acknowledgements(handed.totals)
         for read in handed.reads:
-            tell = None if self._acks is None else self._acks.add
-            offered = self._source.putter.offer(
-                read, client=self, user=self._user, tell=tell, urgent=True, admitted=True
-            )
-            self._offered.append(offered)
+            self._offered.append(self._pass_on(read, urgent=True, admitted=True))
 
     async def run(self) -> None:
         """Serve it to its end, or until it is left."""
@@ -256,13 +252,16 @@ class Connection:
         if lines:
             self._source.shortage.heard(self)
         read = Read(lines, self._source.clock.now(), cut, self._origin)
-        tell = None if self._acks is None else self._acks.add
-        offered = self._source.putter.offer(
-            read, client=self, user=self._user, tell=tell, urgent=tell is not None
-        )
-        if tell is not None:
+        offered = self._pass_on(read, urgent=self._acks is not None)
+        if self._acks is not None:
             self._offered.append(offered)
             self._more.set()
+
+    def _pass_on(self, read: Read, *, urgent: bool, admitted: bool = False) -> Offered:
+        tell = None if self._acks is None else self._acks.add
+        return self._source.putter.offer(
+            read, client=self, user=self._user, tell=tell, urgent=urgent, admitted=admitted
+        )
 
     async def _fold(self, connection: trio.CancelScope) -> None:
         """See the reads arrive, whether or not the client listens."""

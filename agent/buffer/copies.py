@@ -80,8 +80,19 @@ class Copies:
             target = sqlite3.connect(name, isolation_level=None)
         finally:
             os.unlink(name)  # it is open: whatever is killed now, nothing stays on the disk
-        with closing(target):
-            # Nobody needs half a copy: no journal, which would have a name, and no sync.
-            target.execute("PRAGMA journal_mode = OFF")
-            target.execute("PRAGMA synchronous = OFF")
-            self._connection.backup(target, pages=STEP_PAGES, progress=lambda *_: pause())
+        copy_into(self._connection, target, pages=STEP_PAGES, progress=lambda *_: pause())
+
+
+def copy_into(
+    connection: sqlite3.Connection,
+    target: sqlite3.Connection,
+    *,
+    pages: int = -1,
+    progress: Callable[[int, int, int], object] | None = None,
+) -> None:
+    """The whole database by SQLite's backup, so many pages at a time, all by default; `target` is closed."""
+    with closing(target):
+        # Nobody needs half a copy: no journal, which would have a name, and no sync.
+        target.execute("PRAGMA journal_mode = OFF")
+        target.execute("PRAGMA synchronous = OFF")
+        connection.backup(target, pages=pages, progress=progress)

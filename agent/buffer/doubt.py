@@ -12,9 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from agent.buffer.file import is_full
-
-BEGIN_ANEW = "PRAGMA wal_checkpoint(TRUNCATE)"
+from agent.buffer.file import BEGIN_ANEW, is_full
 
 # What is in memory at a time: a log has up to 24 MiB.
 STEP_BYTES = 1024 * 1024

@@ -21,6 +21,8 @@ MIGRATIONS = {
     "first_tables", "what_an_event_went_through", "what_sockets_dropped", "how_a_chunk_was",
     "how_large_a_dead_event_is",
 }  # fmt: skip
+# Has all that is in the log in the database, and the log empty.
+BEGIN_ANEW = "PRAGMA wal_checkpoint(TRUNCATE)"
 TABLES = {"chunk", "dead", "books", "_sqlite_migrations"}
 
 # Packed chunks are tens of KB; measured, 16 KiB pages cost a quarter less than 4 KiB ones.
@@ -212,7 +214,7 @@ def connect(path: Path, *, full: bool, room: Room) -> sqlite3.Connection:
 def _write_back(connection: sqlite3.Connection) -> None:
     """Have the tables in the database itself before an event is: else its log alone says what it is."""
     try:
-        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        connection.execute(BEGIN_ANEW)
     except sqlite3.OperationalError as error:
         if not is_full(error):  # a full disk takes no event, and the next checkpoint does it
             raise

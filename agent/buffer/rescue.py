@@ -19,7 +19,16 @@ from agent import crash
 from agent.buffer import Books, Lease
 from agent.buffer import evidence as kept
 from agent.buffer.doubt import write_anew
-from agent.buffer.file import APPLICATION_ID, Room, another_programs, connect, is_damage, make, sync_folder
+from agent.buffer.file import (
+    APPLICATION_ID,
+    BEGIN_ANEW,
+    Room,
+    another_programs,
+    connect,
+    is_damage,
+    make,
+    sync_folder,
+)
 from agent.buffer.pages import HEADER_BYTES, Pages
 from agent.buffer.reserve import Reserve
 from agent.buffer.salvage import Salvage, is_ours
@@ -83,7 +92,7 @@ def rescue(
         connection.execute("COMMIT")
         if larger:
             _give_back(old, spent, pages.page_bytes)
-        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        connection.execute(BEGIN_ANEW)
     crash.point("rescue.whole")
     os.rename(new, path)
     sync_folder(path)

@@ -12,7 +12,7 @@ from agent.buffer import Entry, Lease, Replayed, revived
 from agent.buffer.ages import Ages
 from agent.buffer.copies import Copies
 from agent.buffer.entries import entries_put, entries_settle
-from agent.buffer.file import Damage, Ownership, Room, close_beside_log
+from agent.buffer.file import BEGIN_ANEW, Damage, Ownership, Room, close_beside_log
 from agent.buffer.lane_rows import LaneRows
 from agent.buffer.lanes import Lane, Lanes
 from agent.buffer.opening import Found, opened, reopened
@@ -113,7 +113,7 @@ class Store:
         """
         crash.point("close.begun")
         try:
-            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            self._connection.execute(BEGIN_ANEW)
             crash.point("close.checkpointed")
         finally:
             self._connection.close()

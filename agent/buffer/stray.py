@@ -9,12 +9,13 @@ import errno
 import os
 import sqlite3
 import stat
-from contextlib import closing, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import structlog
 
 from agent import AgentError, crash
+from agent.buffer.copies import copy_into
 from agent.buffer.evidence import log_of, new_name
 from agent.buffer.file import PAGE_BYTES, Ownership, sync_folder
 
@@ -118,10 +119,7 @@ class Names:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(new))
         new.unlink(missing_ok=True)
         with open(os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "rb") as file:
-            with closing(sqlite3.connect(new, isolation_level=None)) as target:
-                target.execute("PRAGMA journal_mode = OFF")
-                target.execute("PRAGMA synchronous = OFF")
-                self._connection.backup(target)
+            copy_into(self._connection, sqlite3.connect(new, isolation_level=None))
             os.fsync(file.fileno())
 
 

@@ -55,11 +55,9 @@ def joined(head: bytes, batch: Batch, compression: Compression) -> tuple[bytes, 
     if compression == "gzip" and (batch.events >= FEW_EVENTS * chunks or batch.size >= FEW_BYTES * chunks):
         return pack.member(head, batch.pieces, tail)
     try:
-        if compression == "none":
-            return (b"".join((head, b",".join(_opened(batch.pieces)), tail)),)
-        if batch.size <= TIGHT_SIZE:
+        if compression == "none" or batch.size <= TIGHT_SIZE:
             data = b"".join((head, b",".join(_opened(batch.pieces)), tail))
-            return (zlib.compress(data, TIGHT_LEVEL, wbits=31),)  # 31: a gzip member
+            return (data if compression == "none" else zlib.compress(data, TIGHT_LEVEL, wbits=pack.GZIP),)
         repacked = Repacked(*pack.deflate_all(_opened(batch.pieces), b","))
     except _Broken as broken:
         return Damaged(broken.piece, str(broken))
