@@ -8,6 +8,7 @@ from agent.accept.room import (
     CLIENT_LINES,
     LITTLE_BYTES,
     QUEUE_BYTES,
+    QUEUE_LINES,
     SPARE_BYTES,
     USER_BYTES,
     USER_READS,
@@ -53,6 +54,23 @@ async def test_who_has_little_on_his_way_is_not_kept_out_by_those_who_have() -> 
     assert not await waits(room, "e", OTHER)
     room.hold("e", OTHER, SPARE_BYTES, 1)
     assert await waits(room, "f", OTHER)
+
+
+async def test_datagrams_wait_by_their_lines_too() -> None:
+    """Lines of a byte are work for many seconds, and nobody knows whose they are."""
+    room = Room()
+    room.hold(None, None, 2 * QUEUE_LINES - 2, QUEUE_LINES - 1)
+    await room.wait()
+    room.hold(None, None, 2, 1)
+    with trio.move_on_after(0.01) as patience:
+        await room.wait()
+    assert patience.cancelled_caught
+    with trio.fail_after(5):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(room.wait)
+            await wait_all_tasks_blocked()
+            room.free(None, None, 2, 1)
+            room.tell()
 
 
 async def test_a_user_reads_a_few_times_at_once() -> None:

@@ -249,7 +249,8 @@ class Putter:
         reads = [part.read for part in gathered]
         begun = time.thread_time()
         decoded = self._door.vouch(reads, self._random.getrandbits(RANDOM_BITS))
-        self._learn(gathered, time.thread_time() - begun)
+        took = time.thread_time() - begun
+        self._learn(gathered, took)
         if decoded.tally.received:
             events = sum(chunk.events for chunk in decoded.chunks)
             try:
@@ -264,7 +265,7 @@ class Putter:
             _tell(gathered, decoded, shed=taken < events)
         else:
             _tell(gathered, decoded, shed=False)
-            await trio.lowlevel.checkpoint()  # or a queue of blank lines would be one long put
+            await trio.sleep(took)  # no commit gives way to others, and blank lines would leave them nothing
         for part in gathered:
             offered, size = part.offered, len(part.read.lines) + OFFER_BYTES * part.last
             self._room.free(offered.client, offered.user, size, part.lines)

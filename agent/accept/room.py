@@ -10,6 +10,9 @@ from agent.events import CHUNK_BYTES, CHUNK_EVENTS
 
 # Between reader and putter: 8 chunks (the handbook's joint). Beyond it nobody reads.
 QUEUE_BYTES = 8 * CHUNK_BYTES
+# And in lines, where no client is known that could have too many: 8 MiB of lines of a byte are work for 15 s,
+# and what comes behind them is late, or dropped by the kernel.
+QUEUE_LINES = 32 * CHUNK_EVENTS
 # What one client may have on its way: two puts, so that one is read while the other commits.
 CLIENT_BYTES, CLIENT_LINES = 2 * CHUNK_BYTES, 8 * CHUNK_EVENTS
 # And all clients of one user, so that others find room: a queue of lines of a byte is work for ten seconds.
@@ -25,7 +28,7 @@ class Room:
     """Who reads next, and when. Where no user is known, a client is one."""
 
     def __init__(self) -> None:
-        self.held = 0
+        self.held = self._lines = 0
         self._held_of: Counter[object] = Counter()  # of a client, and of a user
         self._lines_of: Counter[object] = Counter()
         self._reads_of: Counter[object] = Counter()
@@ -38,7 +41,7 @@ class Room:
 
         Without turns all who wait would read in the same moment, and be far beyond what there is room for.
         """
-        await self._wait_turn(None, lambda: self.held >= QUEUE_BYTES)
+        await self._wait_turn(None, lambda: self.held >= QUEUE_BYTES or self._lines >= QUEUE_LINES)
 
     @asynccontextmanager
     async def read(self, client: object, user: object) -> AsyncIterator[None]:
@@ -80,6 +83,7 @@ class Room:
 
     def _count(self, client: object, user: object, size: int, lines: int) -> None:
         self.held += size
+        self._lines += lines
         for held, whose, more in (
             (self._held_of, client, size),
             (self._held_of, user, size),
