@@ -17,6 +17,7 @@ from agent.accept.peer import PlainPeer, TlsPeer
 from agent.accept.putter import Putter
 from agent.accept.sender import Senders, peer_of
 from agent.accept.shortage import Shortage
+from agent.accept.whose import whose
 from agent.clock import Clock
 from agent.events import Origin
 from agent.guard import Guard
@@ -142,8 +143,9 @@ class StreamSource:
         """Take what a client sends, to its end."""
         unsent = b"" if handed is None else handed.unsent
         peer = PlainPeer(sock, unsent) if self._tls is None else TlsPeer(sock, self._tls)
-        uid = peer_of(sock.getsockopt).uid if sock.family == socket.AF_UNIX else None
-        connection = Connection(self, peer, origin, handed, uid)
+        unix = sock.family == socket.AF_UNIX
+        uid = peer_of(sock.getsockopt).uid if unix else None
+        connection = Connection(self, peer, origin, handed, uid if unix else whose(sock))
         self.connections.add(connection)
         if uid is not None:
             self.shortage.came(connection, uid)

@@ -22,6 +22,7 @@ _NEXT = re.compile(
 _BATCH = re.compile(rb'(?<!\\)"batch"[ \t\r\n]*:[ \t\r\n]*\[\Z')
 _SPACE = b" \t\r\n"
 _BETWEEN = _SPACE + b","
+_BRACKETS = (b"[", b"]", b"{", b"}")
 _OPENS = {b"}": b"{", b"]": b"["}
 
 
@@ -38,7 +39,12 @@ Senseless = Literal["malformed_json", "too_large"]
 
 
 def shatter(text: bytes, most: int = MOST_BRACKETS) -> Shards | Senseless:
-    """The events of an array, or of an object's `batch`, if it has no more than `most` brackets."""
+    """The events of an array, or of an object's `batch`, if it has no more than `most` brackets.
+
+    For less than the most that there may be, those in texts count too: who may take longer looks closer.
+    """
+    if most < MOST_BRACKETS and sum(map(text.count, _BRACKETS)) > most:
+        return "too_large"
     opened = _list_of(text, most)
     if isinstance(opened, str):
         return opened
