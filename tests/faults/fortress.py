@@ -73,8 +73,9 @@ listen = "127.0.0.1:{port}"
 # README: 50 MiB, 8 MiB for each source, 16 for each of the five stream sources, a batch, 64 for HTTP bodies.
 MEMORY_BOUND = (50 + 8 * 8 + 5 * 16 + 5 + 64) * MIB
 
-# A receive buffer of 32 MiB that is full of lines of a byte is work for a minute, and UDP comes behind it.
-PATIENCE_SECONDS = 120
+# The kernel holds 32 MiB for UDP and up to 6 MiB for each of many TCP clients that have gone: of lines of a
+# byte they are work for minutes.
+PATIENCE_SECONDS = 300
 
 STREAMS = ("unix_stream", "json", "syslog", "logfmt", "tls")
 WEB = ("http", "admin", "pages")
@@ -169,7 +170,7 @@ class Fortress(NamedTuple):
         """
         before: dict[str, Any] = {}
         looks = 0
-        with trio.fail_after(60):
+        with trio.fail_after(PATIENCE_SECONDS):
             while True:
                 books: dict[str, Any] = (await self.agent.status())["books"]
                 if books == before and not books["buffered"]:
