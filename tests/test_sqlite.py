@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from test_buffer_contract import ALL, FULL, LARGE, assert_balanced, chunk, dead,
 
 from agent import AgentError, config
 from agent.buffer import BufferBroken, BufferBusy, Entry, Limits
+from agent.buffer.failing import QUIET_SECONDS, Failing
 from agent.buffer.file import APPLICATION_ID
 from agent.buffer.letters import COUNT
 from agent.buffer.schema import first_tables
@@ -276,6 +278,21 @@ async def test_a_full_disk_is_no_full_buffer(small_disk: Path) -> None:
     assert [line["event"] for line in lines] == ["the buffer cannot be written; senders wait"]
 
 
+def test_a_disk_that_now_and_then_takes_a_write_is_one_trouble() -> None:
+    """Its end is told when it has been well for a while, and the next one anew."""
+    failing = Failing()
+    with structlog.testing.capture_logs() as lines:
+        for now in range(0, 100, 2):
+            failing.look("disk full" if now % 4 else "", now)
+        assert [line["log_level"] for line in lines] == ["error"]
+        assert failing.due == 98 + QUIET_SECONDS
+        failing.look("", failing.due)
+        assert (lines[-1]["log_level"], failing.due) == ("info", inf)
+        failing.look("", 1000)
+        failing.look("disk full", 1001)
+    assert [line["log_level"] for line in lines] == ["error", "info", "error"]
+
+
 async def test_a_disk_that_takes_no_file_is_not_said_to_be_full(tmp_path: Path) -> None:
     """One that is full passes, what else is wrong has to be mended: a person is told what it is."""
     reserve = tmp_path / "b.db.reserve"
@@ -335,6 +352,7 @@ async def test_room_is_found_again_while_deliveries_fail(small_disk: Path) -> No
 
 FILL = """
 import sys, trio
+from math import inf
 from pathlib import Path
 from test_buffer_contract import chunk, put
 from test_sqlite import LARGE, opened

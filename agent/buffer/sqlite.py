@@ -20,6 +20,7 @@ from agent import config, crash
 from agent.buffer import NOBODY, Books, BufferBroken, BufferBusy, Stats
 from agent.buffer.desk import Asked, Desk, Group, ring
 from agent.buffer.dropping import Dropping
+from agent.buffer.failing import Failing
 from agent.buffer.file import Damage, advice, disk_bytes, is_damage, is_full
 from agent.buffer.rows import Settlement
 from agent.buffer.store import Store
@@ -50,6 +51,7 @@ class SqliteBuffer(Desk):
         self._rescued = False  # the file was damaged, and mended, just before
         self._waiting, self._surplus = Waiting(), Surplus()
         self._dropping = Dropping(settings.when_full, store.books)
+        self._failing = Failing()
         self._copying = trio.Lock()  # one copy at a time: each takes as much of the disk as the buffer
         self._copy = trio.CancelScope()
         self.trouble = ""
@@ -105,7 +107,7 @@ class SqliteBuffer(Desk):
         """Until when to sleep, on trio's clock, when nobody asks for anything."""
         if self._retry_at < inf:
             return self._retry_at
-        due = min(self._surplus.due(self._store.free_pages), self._dropping.due)
+        due = min(self._surplus.due(self._store.free_pages), self._dropping.due, self._failing.due)
         return min(due, trio.current_time() + LOOK_SECONDS)
 
     async def serve_group(self) -> None:
@@ -119,7 +121,7 @@ class SqliteBuffer(Desk):
             group.errands = [asked for asked in group.errands if asked.what.done]
             self._bell.set()
         elif group.deposits or group.settlements or group.unserved or group.astray or self._astray:
-            self._tell_trouble(group.error)
+            self.trouble = group.error
             self._astray = group.astray
             self._metrics.commit_seconds.observe(group.seconds)
         if group.settled:
@@ -250,6 +252,7 @@ class SqliteBuffer(Desk):
         store = self._store
         self._books: Books = store.books.copy()
         self._dropping.look(self._books, trio.current_time())
+        self._failing.look(self.trouble, trio.current_time())
         self._stats = Stats(
             events=store.events,
             bytes=store.bytes,
@@ -264,15 +267,6 @@ class SqliteBuffer(Desk):
         )
         self._waiting.show(store.lanes.changed)
         store.lanes.changed.clear()
-
-    def _tell_trouble(self, error: str) -> None:
-        """One line when writing begins to fail, one when it works again."""
-        if error and not self.trouble:
-            hint = "make room on the disk, or mend it; the agent tries again every second"
-            log.error("the buffer cannot be written; senders wait", error=error, hint=hint)
-        elif self.trouble and not error and not self._deposits:
-            log.info("the buffer is written again")
-        self.trouble = error
 
     async def _in_thread(self, work: partial[None]) -> None:
         await trio.to_thread.run_sync(work, limiter=self._limiter)
