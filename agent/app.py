@@ -216,7 +216,7 @@ class Agent:
                         )
                 stopped = trio.current_time()
                 showing.start_soon(_close_door, buffer, accepting.cancel_scope)
-            if accepting.cancel_scope.cancelled_caught:
+            if accepting.cancel_scope.cancelled_caught and self.plan is None:  # else the next agent puts it
                 log.error(
                     "there was no time to put all that was received; the rest is counted as shed",
                     hint="was the disk slow (dmesg), or a client's events large?",

@@ -106,7 +106,7 @@ async def test_a_backup_is_a_buffer(tmp_path: Path, running_agent: bool) -> None
             agent.send(signal.SIGTERM)
             await agent.process.wait()
         copy = tmp_path / "copy.db"
-        copy.write_text("an older one")
+        copy.write_text("SQLite format 3\0, an older one")
         done = await verb(agent, "backup", str(copy), "--json")
         assert (done.returncode, done.stderr) == (0, "")
         assert json.loads(done.stdout) == {"file": str(copy), "bytes": copy.stat().st_size}
@@ -186,6 +186,10 @@ def test_a_backup_never_replaces_a_buffer(tmp_path: Path) -> None:
     assert "is an agent's buffer" in refused.stderr
     assert (tmp_path / "buffer.db").read_text() == "theirs"
     assert not [name for name in os.listdir(tmp_path) if name.startswith("buffer.db.") and "lock" not in name]
+    was = Path(config[1]).read_bytes()
+    refused = run("backup", config[1], *config)
+    assert (refused.returncode, Path(config[1]).read_bytes()) == (2, was)
+    assert "is no database, and would be lost" in refused.stderr
     nowhere = run("backup", "/no/such/folder/copy.db", *config)
     assert nowhere.returncode == 1
     assert "cannot be written" in nowhere.stderr
@@ -308,7 +312,7 @@ async def test_a_killed_backup_leaves_the_old_copy(tmp_path: Path, end: signal.S
     """Cut off half way, by a person or by a timer, FILE is what it was, and nothing is beside it."""
     async with holding(tmp_path, events=1) as agent:
         copy = tmp_path / "copy.db"
-        copy.write_text("an older one")
+        copy.write_text("SQLite format 3\0, an older one")
         agent.send(signal.SIGSTOP)
         process = await trio.lowlevel.open_process(
             [*COMMAND, "backup", str(copy), "--config", str(tmp_path / "config.toml")], env=ENVIRONMENT
@@ -319,7 +323,7 @@ async def test_a_killed_backup_leaves_the_old_copy(tmp_path: Path, end: signal.S
             process.send_signal(end)
             assert await process.wait() == 130
         agent.send(signal.SIGCONT)
-        assert copy.read_text() == "an older one"
+        assert copy.read_text().endswith("an older one")
         assert [name for name in os.listdir(tmp_path) if name.startswith("copy.db")] == ["copy.db"]
 
 
@@ -331,7 +335,7 @@ async def test_a_full_disk_is_told(tmp_path: Path, running_agent: bool) -> None:
             agent.send(signal.SIGTERM)
             await agent.process.wait()
         copy = tmp_path / "copy.db"
-        copy.write_text("an older one")
+        copy.write_text("SQLite format 3\0, an older one")
         # No file over 100 blocks of 1 KiB, and the signal of that ignored: writing fails.
         command = ["sh", "-c", 'trap "" XFSZ; ulimit -f 100; exec "$@"', "sh", *COMMAND, "backup", str(copy)]
         process = await trio.run_process(
@@ -343,7 +347,7 @@ async def test_a_full_disk_is_told(tmp_path: Path, running_agent: bool) -> None:
         assert process.returncode == 1
         assert b"Traceback" not in process.stderr
         assert b"  try: " in process.stderr
-        assert copy.read_text() == "an older one"
+        assert copy.read_text().endswith("an older one")
         assert [name for name in os.listdir(tmp_path) if "copy" in name] == ["copy.db"]
 
 

@@ -25,7 +25,7 @@ from test_buffer_contract import ALL, FULL, LARGE, assert_balanced, chunk, dead,
 from agent import AgentError, config
 from agent.buffer import BufferBroken, BufferBusy, Entry, Limits
 from agent.buffer.failing import QUIET_SECONDS, Failing
-from agent.buffer.file import APPLICATION_ID
+from agent.buffer.file import APPLICATION_ID, Room
 from agent.buffer.letters import COUNT
 from agent.buffer.schema import first_tables
 from agent.buffer.sqlite import SqliteBuffer, open_sqlite
@@ -261,6 +261,43 @@ async def test_a_full_disk_makes_senders_wait(small_disk: Path) -> None:
         assert not buffer.trouble
         assert buffer.stats().events == taken * 10 + 10
         assert_balanced(buffer)
+
+
+def leave(disk: Path, size: int) -> None:
+    """Have others take all of a disk but so many bytes."""
+    free = os.statvfs(disk)
+    (disk / "ballast").write_bytes(bytes(max(0, free.f_bavail * free.f_frsize - size)))
+
+
+async def test_a_disk_too_small_for_the_reserve_beside_the_log(small_disk: Path) -> None:
+    """When all is delivered the log is emptied, and events are taken again."""
+    room = Room.of(64 * 2**20)
+    leave(small_disk, room.reserve + room.wal * 3 // 4)
+    async with opened(small_disk / "b.db", max_size=64 * 2**20) as buffer:
+        for _ in range(3):
+            number = 0
+            with trio.move_on_after(2.5) as patience:  # it is tried again each second
+                while number < 100:
+                    await put(buffer, chunk(number, size=LARGE))
+                    number += 1
+            assert patience.cancelled_caught
+            assert number
+            assert "full" in buffer.trouble
+            while buffer.stats().events:
+                await buffer.settle(await take(buffer))
+        assert_balanced(buffer)
+
+
+async def test_what_a_full_disk_has_no_room_for_at_a_stop_is_counted(small_disk: Path) -> None:
+    """As what a full buffer has none for is: nothing vanishes uncounted."""
+    leave(small_disk, Room.of(64 * 2**20).reserve // 2)
+    async with opened(small_disk / "b.db", max_size=64 * 2**20) as buffer, trio.open_nursery() as nursery:
+        nursery.start_soon(put, buffer, chunk(1))
+        while not buffer.trouble:
+            await trio.sleep(0.01)
+        buffer.close_door()
+    assert total(buffer, "shed", "shutdown") == 10
+    assert_balanced(buffer)
 
 
 async def test_a_full_disk_is_no_full_buffer(small_disk: Path) -> None:

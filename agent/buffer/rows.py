@@ -79,8 +79,9 @@ class Taking(msgspec.Struct, eq=False):
 
 
 class Change(msgspec.Struct):
-    """What a transaction does beside its rows; applied once it is committed."""
+    """What a transaction does beside its rows; applied once it is committed. `room` is for chunks at all."""
 
+    room: bool = True
     books: Books = msgspec.field(default_factory=Counter)
     events: int = 0
     bytes: int = 0

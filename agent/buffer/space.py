@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from agent.buffer.doubt import Doubt
-from agent.buffer.file import PAGE_BYTES, Room, is_damage, is_full
+from agent.buffer.file import BEGIN_ANEW, PAGE_BYTES, Room, is_damage, is_full
 from agent.buffer.reserve import Reserve
 
 # So much is given back at once, as the change itself needs room.
@@ -28,13 +28,16 @@ def give_back_room(
 ) -> None:
     """Let a full disk have what is free in the database, until it has the reserve and takes a commit again.
 
-    The log keeps its room, and is begun anew.
+    The log is written back; where nothing else is left to give, it is emptied.
     """
     for _ in range((room.reserve + room.group) // STEP_BYTES + 2):
         _write_back(connection, reserve)
         if reserve.hold() and free_bytes(path) >= room.group:
             return
         if not connection.execute("PRAGMA freelist_count").fetchone()[0]:
+            with suppress(sqlite3.Error):
+                connection.execute(BEGIN_ANEW)
+            reserve.hold()
             return
         with suppress(sqlite3.Error), doubt.watched():
             give_back(connection, STEP_BYTES // PAGE_BYTES)

@@ -192,11 +192,12 @@ class SqliteBuffer(Desk):
         started = time.perf_counter()
         settlements = [asked.what for asked in group.settlements]
         deposits = [asked.what for asked in group.deposits]
-        if deposits and not self._store.reserve.hold():
+        room = not deposits or self._store.reserve.hold()
+        if not room and not closing:  # closing, what finds no room is counted at least
             group.error, deposits = self._store.reserve.trouble, []
         try:
             if settlements or deposits or self._settings.max_age:
-                self._store.commit(settlements, deposits, closing=closing)
+                self._store.commit(settlements, deposits, closing=closing, room=room)
             group.settled = True
         except sqlite3.Error as error:
             if is_damage(error) or (not self.trouble and self._store.is_torn(error)):
@@ -236,7 +237,7 @@ class SqliteBuffer(Desk):
         """Deliveries must go on when there is no room for what comes in: they are what makes room."""
         for last in (False, True):
             try:
-                self._store.commit(settlements, (), closing=False)
+                self._store.commit(settlements, (), closing=False, room=False)
                 group.settled = True
             except sqlite3.Error as error:
                 if is_damage(error):

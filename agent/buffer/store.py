@@ -123,10 +123,11 @@ class Store:
     # --- one transaction -------------------------------------------------------------------------
 
     def commit(
-        self, settlements: Sequence[Settlement], deposits: Sequence[Deposit], *, closing: bool
+        self, settlements: Sequence[Settlement], deposits: Sequence[Deposit], *, closing: bool, room: bool
     ) -> None:
-        """All of it or, when it raises sqlite3.Error, nothing of it."""
+        """All of it or, when it raises sqlite3.Error, nothing of it; without `room` no chunk is taken."""
         with self._transaction() as change:
+            change.room = room
             for settlement in settlements:
                 self._settle(settlement, change)
             self._shedding.expire(change)
@@ -187,7 +188,7 @@ class Store:
         if deposit.written is not None:
             return deposit.written
         events = deposit.events
-        if deposit.chunks and not self._shedding.make_room(deposit.bytes, change):
+        if deposit.chunks and not (change.room and self._shedding.make_room(deposit.bytes, change)):
             if self._when_full == "drop_newest":
                 change.books.update(entries_put(deposit.tally, 0, events))
                 return 0

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 PATIENCE_SECONDS = 1200.0
 
 LOCK = ".lock"
+# How every database of SQLite begins (https://www.sqlite.org/fileformat.html, 1.3).
+DATABASE = b"SQLite format 3\0"
 # What the files are called that are named after a buffer: SQLite's, the agent's, and evidence.
 BESIDE = ("-wal", "-shm", "-journal", LOCK, ".reserve", ".new", ".again", ".copy-", ".damaged-")
 
@@ -31,10 +33,11 @@ def command(file: str, config_file: str | None, as_json: bool) -> None:
     """Copy the buffer's database to FILE, as it is at one moment, while the agent goes on.
 
     Beside what waits it holds the dead letters and the books. FILE is replaced only when the copy is whole
-    and on disk. Of an agent that does not run the file is copied.
+    and on disk, and only where it is a database. Of an agent that does not run the file is copied.
     """
     size = 0
     _refuse_the_buffers(file, config_file)
+    _refuse_what_is_no_copy(file)
     with _replacing(file) as part:
 
         async def work(client: "httpx.AsyncClient") -> None:
@@ -67,6 +70,15 @@ def _refuse_the_buffers(path: str, config_file: str | None) -> None:
                 click.echo(text, err=True)
                 click.echo("  try: another name for the copy", err=True)
                 raise SystemExit(2)
+
+
+def _refuse_what_is_no_copy(path: str) -> None:
+    """Exit 2 where a file of this name is no database and not empty: a configuration, a key."""
+    with suppress(OSError), open(path, "rb") as file:  # what cannot be read is told by who replaces it
+        if (begin := file.read(len(DATABASE))) and begin != DATABASE:
+            click.echo(f"capture-agent: {path}: is no database, and would be lost", err=True)
+            click.echo("  try: another name for the copy", err=True)
+            raise SystemExit(2)
 
 
 def _configured(config_file: str | None) -> set[str]:

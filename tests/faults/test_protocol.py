@@ -120,7 +120,7 @@ class Process:
     def _put(self, numbers: Sequence[int]) -> None:
         fields = {"project": "default", "received_at": 1, "boot": "b", "monotonic": numbers[0]}
         one = msgspec.convert({**fields, **packed(numbers, 0)}, Chunk)
-        self.store.commit((), [Deposit([one], tally(len(numbers)))], closing=False)
+        self.store.commit((), [Deposit([one], tally(len(numbers)))], closing=False, room=True)
 
     def _take(self, ident: int) -> None:
         taking = Taking(Limits(1, 1), "default", NOBODY)
@@ -145,7 +145,7 @@ class Process:
         ]  # fmt: skip
         kept = [number for number, fate in fates if fate == "kept"]
         rest = [msgspec.structs.replace(one, **packed(kept, 0))] if kept else []
-        self.store.commit([Settlement(lease, dead, rest, 0, 0)], (), closing=False)
+        self.store.commit([Settlement(lease, dead, rest, 0, 0)], (), closing=False, room=True)
 
     def _replay(self, letter: int) -> None:
         assert self.store.replay([letter]) == (1, False)
