@@ -73,9 +73,8 @@ listen = "127.0.0.1:{port}"
 # README: 50 MiB, 8 MiB for each source, 16 for each of the five stream sources, a batch, 64 for HTTP bodies.
 MEMORY_BOUND = (50 + 8 * 8 + 5 * 16 + 5 + 64) * MIB
 
-# The kernel holds 32 MiB for UDP and up to 6 MiB for each of many TCP clients that have gone: of lines of a
-# byte they are work for minutes.
-PATIENCE_SECONDS = 300
+# A receive buffer of 32 MiB that is full of lines of a byte is work for a minute, and UDP comes behind it.
+PATIENCE_SECONDS = 120
 
 STREAMS = ("unix_stream", "json", "syslog", "logfmt", "tls")
 WEB = ("http", "admin", "pages")
