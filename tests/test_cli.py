@@ -331,12 +331,13 @@ async def test_send_and_status(tmp_path: Path) -> None:
                 "--stdin",
                 "--config",
                 str(config),
-                text=f"{line(1).decode()}\n{{}}\n{line(2).decode()}",
+                text=f"\n{line(1).decode()}\n\n \n{{}}\n\n{line(2).decode()}\n{{}}",
             )
             assert many.returncode == 1
             assert many.stderr.splitlines() == [
-                "line 2 refused: missing_event",
-                "1 of 3 lines were refused",
+                "line 6 refused: missing_event",
+                "line 10 refused: missing_event",
+                "2 of 4 lines were refused",
             ]
             await sink.wait_for(3)
             screen = run("status", "--config", str(config))

@@ -2,7 +2,8 @@
 
 import socket
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from select import select
@@ -106,9 +107,14 @@ class _Sending:
         self._said = b""
         self.sent = self.accepted = self.rejected = self.full = 0
         self.open = True
+        self._blanks: list[int] = []  # before each blank line, so many were sent
 
-    def send(self, lines: bytes, count: int) -> None:
-        """Hand lines over; what the agent has said meanwhile is read without waiting."""
+    def send(self, lines: bytes, count: int, blanks: Sequence[int] = ()) -> None:
+        """Hand lines over, with how many of them come before each blank line that is left out.
+
+        What the agent has said meanwhile is read without waiting.
+        """
+        self._blanks += [self.sent + before for before in blanks]
         self._sock.sendall(lines)
         self.sent += count
         if select([self._sock], [], [], 0)[0]:
@@ -143,7 +149,9 @@ class _Sending:
             if "error" in said:
                 self.full += said["error"] == "buffer_full"
                 if self.rejected < SHOWN:
-                    click.echo(f"line {said['line']} refused: {said['error']}", err=True)
+                    number = int(said["line"])
+                    number += bisect_left(self._blanks, number)
+                    click.echo(f"line {number} refused: {said['error']}", err=True)
             else:
                 self.accepted, self.rejected = int(said["accepted"]), int(said["rejected"])
 
@@ -154,8 +162,8 @@ def _send(sending: _Sending, lines: Iterable[bytes], *, bar: bool) -> int:
     try:
         with _progress(bar) as show:
             sending.send(b'{"ack":true}\n', 0)
-            for lot, count in _lots(lines):
-                sending.send(lot, count)
+            for lot, count, blanks in _lots(lines):
+                sending.send(lot, count, blanks)
                 show(sending)
             sending.finish()
             while sending.open and not sending.settled:
@@ -180,12 +188,18 @@ def _send(sending: _Sending, lines: Iterable[bytes], *, bar: bool) -> int:
     return 1 if sending.rejected else 0
 
 
-def _lots(lines: Iterable[bytes]) -> Iterator[tuple[bytes, int]]:
-    """Lines in lots, each with the number of those that are events."""
+def _lots(lines: Iterable[bytes]) -> Iterator[tuple[bytes, int, Sequence[int]]]:
+    """Lines in lots, each with how many are events, and how many of those come before each blank line."""
     source = iter(lines)
     while lot := list(islice(source, LOT)):
-        full = [line if line.endswith(b"\n") else line + b"\n" for line in lot if line.strip()]
-        yield b"".join(full), len(full)
+        full: list[bytes] = []
+        blanks: list[int] = []
+        for line in lot:
+            if line.strip():
+                full.append(line if line.endswith(b"\n") else line + b"\n")
+            else:
+                blanks.append(len(full))
+        yield b"".join(full), len(full), blanks
 
 
 @contextmanager
