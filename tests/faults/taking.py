@@ -48,8 +48,8 @@ class Taking:
                 self._door.close()
             self._door = None
             for client in list(self._clients):
-                _resets(client)
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError):  # it may have gone just now
+                    _resets(client)
                     client.shutdown(socket.SHUT_RDWR)
         elif self._door is None:
             self._door = socket.create_server(("127.0.0.1", self._port), backlog=128)
@@ -98,6 +98,8 @@ class Taking:
             said.read(length // 2)
             return _resets(client)
         body = said.read(length)
+        if len(body) < length:  # the agent was killed
+            return False
         if mood == "slow":
             time.sleep(SLOW_SECONDS)
         status = REPLIES.get(mood) or self._take(zlib.decompress(body, 31) if gzip else body)
