@@ -29,6 +29,8 @@ from agent.flow import TOTAL
 from agent.metrics import Metrics
 from agent.pack import crc32, deflate
 
+# What an older copy begins with, as every database does, and not more of it.
+OLDER = "SQLite format 3\0, an older one"
 AWAY = "http://127.0.0.1:9"  # nobody listens there, so events wait
 
 
@@ -106,7 +108,7 @@ async def test_a_backup_is_a_buffer(tmp_path: Path, running_agent: bool) -> None
             agent.send(signal.SIGTERM)
             await agent.process.wait()
         copy = tmp_path / "copy.db"
-        copy.write_text("SQLite format 3\0, an older one")
+        copy.write_text(OLDER)
         done = await verb(agent, "backup", str(copy), "--json")
         assert (done.returncode, done.stderr) == (0, "")
         assert json.loads(done.stdout) == {"file": str(copy), "bytes": copy.stat().st_size}
@@ -312,7 +314,7 @@ async def test_a_killed_backup_leaves_the_old_copy(tmp_path: Path, end: signal.S
     """Cut off half way, by a person or by a timer, FILE is what it was, and nothing is beside it."""
     async with holding(tmp_path, events=1) as agent:
         copy = tmp_path / "copy.db"
-        copy.write_text("SQLite format 3\0, an older one")
+        copy.write_text(OLDER)
         agent.send(signal.SIGSTOP)
         process = await trio.lowlevel.open_process(
             [*COMMAND, "backup", str(copy), "--config", str(tmp_path / "config.toml")], env=ENVIRONMENT
@@ -323,7 +325,7 @@ async def test_a_killed_backup_leaves_the_old_copy(tmp_path: Path, end: signal.S
             process.send_signal(end)
             assert await process.wait() == 130
         agent.send(signal.SIGCONT)
-        assert copy.read_text().endswith("an older one")
+        assert copy.read_text() == OLDER
         assert [name for name in os.listdir(tmp_path) if name.startswith("copy.db")] == ["copy.db"]
 
 
@@ -335,7 +337,7 @@ async def test_a_full_disk_is_told(tmp_path: Path, running_agent: bool) -> None:
             agent.send(signal.SIGTERM)
             await agent.process.wait()
         copy = tmp_path / "copy.db"
-        copy.write_text("SQLite format 3\0, an older one")
+        copy.write_text(OLDER)
         # No file over 100 blocks of 1 KiB, and the signal of that ignored: writing fails.
         command = ["sh", "-c", 'trap "" XFSZ; ulimit -f 100; exec "$@"', "sh", *COMMAND, "backup", str(copy)]
         process = await trio.run_process(
@@ -347,7 +349,7 @@ async def test_a_full_disk_is_told(tmp_path: Path, running_agent: bool) -> None:
         assert process.returncode == 1
         assert b"Traceback" not in process.stderr
         assert b"  try: " in process.stderr
-        assert copy.read_text().endswith("an older one")
+        assert copy.read_text() == OLDER
         assert [name for name in os.listdir(tmp_path) if "copy" in name] == ["copy.db"]
 
 

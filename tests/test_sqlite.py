@@ -237,13 +237,18 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
+def leave(disk: Path, size: int) -> None:
+    """Have others take all of a disk but so many bytes."""
+    free = os.statvfs(disk)
+    (disk / "ballast").write_bytes(bytes(max(0, free.f_bavail * free.f_frsize - size)))
+
+
 async def test_a_full_disk_makes_senders_wait(small_disk: Path) -> None:
     """Nothing is acknowledged that is not on disk; when there is room again it goes on by itself."""
     ballast = small_disk / "ballast"
     async with opened(small_disk / "b.db", max_size=64 * 2**20) as buffer:
         await put(buffer, chunk(0, size=LARGE))
-        free = os.statvfs(small_disk)
-        ballast.write_bytes(bytes(max(0, free.f_bavail * free.f_frsize - 3 * 2**20)))
+        leave(small_disk, 3 * 2**20)
         taken = 1
         for number in range(1, 20):
             with trio.move_on_after(0.3) as patience:
@@ -261,12 +266,6 @@ async def test_a_full_disk_makes_senders_wait(small_disk: Path) -> None:
         assert not buffer.trouble
         assert buffer.stats().events == taken * 10 + 10
         assert_balanced(buffer)
-
-
-def leave(disk: Path, size: int) -> None:
-    """Have others take all of a disk but so many bytes."""
-    free = os.statvfs(disk)
-    (disk / "ballast").write_bytes(bytes(max(0, free.f_bavail * free.f_frsize - size)))
 
 
 async def test_a_disk_that_has_room_for_the_reserve_but_not_beside_the_log(small_disk: Path) -> None:
@@ -307,8 +306,7 @@ async def test_a_full_disk_is_no_full_buffer(small_disk: Path) -> None:
     with structlog.testing.capture_logs() as lines:
         async with opened(small_disk / "b.db", max_size=64 * 2**20) as buffer, trio.open_nursery() as nursery:
             await put(buffer, chunk(0, size=LARGE))
-            free = os.statvfs(small_disk)
-            (small_disk / "ballast").write_bytes(bytes(max(0, free.f_bavail * free.f_frsize - 256 * 1024)))
+            leave(small_disk, 256 * 1024)
             nursery.start_soon(put, buffer, chunk(1, size=LARGE))
             await trio.sleep(1.5)  # and it was tried again
             await buffer.release(await take(buffer))
@@ -366,8 +364,7 @@ async def test_room_is_found_again_while_deliveries_fail(small_disk: Path) -> No
     ballast = small_disk / "ballast"
     async with opened(small_disk / "b.db", max_size=64 * 2**20) as buffer, trio.open_nursery() as nursery:
         await put(buffer, chunk(0, size=LARGE))
-        free = os.statvfs(small_disk)
-        ballast.write_bytes(bytes(max(0, free.f_bavail * free.f_frsize - 256 * 1024)))
+        leave(small_disk, 256 * 1024)
 
         async def fail() -> None:
             while True:
@@ -391,7 +388,6 @@ async def test_room_is_found_again_while_deliveries_fail(small_disk: Path) -> No
 
 FILL = """
 import sys, trio
-from math import inf
 from pathlib import Path
 from test_buffer_contract import chunk, put
 from test_sqlite import LARGE, opened
@@ -436,8 +432,7 @@ async def test_deliveries_go_on_while_the_disk_is_full(small_disk: Path) -> None
     async with opened(small_disk / "b.db", max_size=64 * 2**20) as buffer:
         for number in range(12):
             await put(buffer, chunk(number, size=LARGE))
-        free = os.statvfs(small_disk)
-        (small_disk / "ballast").write_bytes(bytes(max(0, free.f_bavail * free.f_frsize - 256 * 1024)))
+        leave(small_disk, 256 * 1024)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(put, buffer, chunk(100, size=LARGE))
             await trio.sleep(0.1)

@@ -28,7 +28,7 @@ class Room:
     """Who reads next, and when. Where no user is known, a client is one."""
 
     def __init__(self) -> None:
-        self.held = self._lines = 0
+        self.held = 0
         self._held_of: Counter[object] = Counter()  # of a client, and of a user
         self._lines_of: Counter[object] = Counter()
         self._reads_of: Counter[object] = Counter()
@@ -41,7 +41,7 @@ class Room:
 
         Without turns all who wait would read in the same moment, and be far beyond what there is room for.
         """
-        await self._wait_turn(None, lambda: self.held >= QUEUE_BYTES or self._lines >= QUEUE_LINES)
+        await self._wait_turn(None, lambda: self.held >= QUEUE_BYTES or self._lines_of[None] >= QUEUE_LINES)
 
     @asynccontextmanager
     async def read(self, client: object, user: object) -> AsyncIterator[None]:
@@ -83,7 +83,6 @@ class Room:
 
     def _count(self, client: object, user: object, size: int, lines: int) -> None:
         self.held += size
-        self._lines += lines
         for held, whose, more in (
             (self._held_of, client, size),
             (self._held_of, user, size),

@@ -35,6 +35,15 @@ def is_near(address: Address | None) -> bool:
     return address is None or not address.is_global
 
 
+def plain(text: str) -> Address:
+    """An address; one of IPv4 that a socket for both kinds tells as one of IPv6 is one of IPv4.
+
+    Raises ValueError where it is none.
+    """
+    address = ip_address(text)
+    return (address.ipv4_mapped or address) if isinstance(address, IPv6Address) else address
+
+
 def _read(text: str) -> Address | None:
     """An address, as proxies write it: perhaps with a port, or in brackets."""
     if text.startswith("["):
@@ -42,8 +51,6 @@ def _read(text: str) -> Address | None:
     elif text.count(":") == 1:
         text = text.partition(":")[0]
     try:
-        address = ip_address(text.partition("%")[0])
+        return plain(text.partition("%")[0])
     except ValueError:
         return None
-    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
-    return mapped or address

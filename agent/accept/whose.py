@@ -4,10 +4,11 @@ The kernel tells the owner of every TCP socket of this network namespace (sock_d
 one who floods holds up nobody but himself, by however many connections; not for who may send what.
 """
 
-import ipaddress
 import socket
 import struct
 from typing import Any, Protocol
+
+from agent.accept.whence import Address, plain
 
 # linux/netlink.h, linux/sock_diag.h; Python has no name for them.
 _NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST = 4, 20, 1
@@ -35,27 +36,17 @@ def whose(sock: Connected) -> int | str | None:
     Of an address of this host itself nobody knows who is not there any more, or in another namespace.
     """
     try:
-        here, there = _plain(sock.getsockname()[0]), _plain(sock.getpeername()[0])
-        ports = _PORTS.pack(sock.getpeername()[1], sock.getsockname()[1])
+        (host, port, *_), (peer, peers_port, *_) = sock.getsockname(), sock.getpeername()
+        here, there = plain(host), plain(peer)
     except (OSError, ValueError):  # it has gone
         return None
-    uid = _ask(ports, there, here)
+    uid = _ask(_PORTS.pack(peers_port, port), there, here)
     if uid is not None:
         return uid
     return None if there.is_loopback or there == here else str(there)
 
 
-def _plain(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """An address as the other end has it: an IPv4 client of a socket for both is one of IPv4."""
-    found = ipaddress.ip_address(address)
-    return (found.ipv4_mapped or found) if isinstance(found, ipaddress.IPv6Address) else found
-
-
-def _ask(
-    ports: bytes,
-    there: ipaddress.IPv4Address | ipaddress.IPv6Address,
-    here: ipaddress.IPv4Address | ipaddress.IPv6Address,
-) -> int | None:
+def _ask(ports: bytes, there: Address, here: Address) -> int | None:
     """The uid of the socket from `there` to `here`; None where there is none, or it may not be asked."""
     family = socket.AF_INET if there.version == 4 else socket.AF_INET6
     ends = b"".join(end.packed.ljust(_ADDRESS_BYTES, b"\0") for end in (there, here))

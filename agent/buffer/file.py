@@ -21,6 +21,8 @@ MIGRATIONS = {
     "first_tables", "what_an_event_went_through", "what_sockets_dropped", "how_a_chunk_was",
     "how_large_a_dead_event_is",
 }  # fmt: skip
+# How a database begins (https://www.sqlite.org/fileformat.html, 1.3).
+MAGIC = b"SQLite format 3\0"
 # Has all that is in the log in the database, and the log empty.
 BEGIN_ANEW = "PRAGMA wal_checkpoint(TRUNCATE)"
 TABLES = {"chunk", "dead", "books", "_sqlite_migrations"}

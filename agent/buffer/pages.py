@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
-from agent.buffer.file import PAGE_BYTES
+from agent.buffer.file import MAGIC, PAGE_BYTES
 from agent.buffer.log import Frame, Log, is_page_size
 
 HEADER_BYTES = 100
@@ -43,7 +43,7 @@ class Sheet(NamedTuple):
 def page_bytes_of(header: bytes) -> int | None:
     """How large a database's pages are, where its header can be read."""
     said = int.from_bytes(header[16:18], "big")
-    return said if is_page_size(said) and header.startswith(b"SQLite format 3\0") else None
+    return said if is_page_size(said) and header.startswith(MAGIC) else None
 
 
 class Pages:

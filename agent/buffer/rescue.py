@@ -22,6 +22,7 @@ from agent.buffer.doubt import write_anew
 from agent.buffer.file import (
     APPLICATION_ID,
     BEGIN_ANEW,
+    MAGIC,
     Room,
     another_programs,
     connect,
@@ -35,7 +36,6 @@ from agent.buffer.salvage import Salvage, is_ours
 
 log = structlog.get_logger("buffer")
 
-MAGIC = b"SQLite format 3\0"
 # Where the tables are that tell whose a database is, unless it was never one: among its first pages.
 LOOKED_AT = 1000
 

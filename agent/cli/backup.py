@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 PATIENCE_SECONDS = 1200.0
 
 LOCK = ".lock"
-# How every database of SQLite begins (https://www.sqlite.org/fileformat.html, 1.3).
+# How a database begins: `MAGIC` of the buffer, of which a command knows nothing.
 DATABASE = b"SQLite format 3\0"
 # What the files are called that are named after a buffer: SQLite's, the agent's, and evidence.
 BESIDE = ("-wal", "-shm", "-journal", LOCK, ".reserve", ".new", ".again", ".copy-", ".damaged-")

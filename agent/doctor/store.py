@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from agent.buffer.file import APPLICATION_ID, SCHEMA_VERSION
+from agent.buffer.file import APPLICATION_ID, MAGIC, SCHEMA_VERSION
 from agent.config import Buffer
 from agent.doctor import access
 from agent.doctor.finding import Finding, error, ok, warning
@@ -29,8 +29,7 @@ LOOK_SECONDS = 2.0
 # Between two looks at the watch: so many of SQLite's steps are well under a millisecond's work.
 STEPS = 1000
 
-# How a database begins, and how long its header is (https://www.sqlite.org/fileformat.html, 1.3).
-MAGIC = b"SQLite format 3\0"
+# How long the header of a database is (https://www.sqlite.org/fileformat.html, 1.3).
 HEADER_BYTES = 100
 # Where sqlite-utils writes down what was applied: the first table that the agent makes.
 MIGRATIONS = "_sqlite_migrations"

@@ -9,13 +9,13 @@ import hashlib
 import zlib
 from collections.abc import Collection, Iterable
 from enum import Enum
-from ipaddress import IPv6Address, ip_address
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import msgspec
 
 from agent.accept.flags.replies import CORS, Headers, Reply
+from agent.accept.whence import plain
 from agent.envelope import DECODE_ERRORS
 from agent.portal import is_html
 
@@ -113,11 +113,9 @@ def _public(client: str) -> str:
     somebody else's network.
     """
     try:
-        address = ip_address(client)
+        address = plain(client)
     except ValueError:
         return ""
-    if isinstance(address, IPv6Address) and address.ipv4_mapped:
-        address = address.ipv4_mapped
     return str(address) if address.is_global else ""
 
 
