@@ -7,6 +7,8 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -286,6 +288,35 @@ def test_send_tells_a_wrong_socket_from_a_missing_agent(tmp_path: Path) -> None:
     assert "wrong type for socket" in done.stderr
     assert "unix_stream" in done.stderr
     assert run("send", "a", "--socket", str(tmp_path / "none")).returncode == 3
+
+
+@pytest.mark.parametrize("lines", [1, 20_000], ids=["none said", "none taken"])
+def test_send_says_that_it_waits(tmp_path: Path, lines: int) -> None:
+    """A full disk or an agent that hangs can take a minute; nobody has to wonder meanwhile, once."""
+    answered = threading.Event()
+
+    def answer() -> None:
+        client, _ = listener.accept()
+        with client:
+            time.sleep(4)
+            while client.recv(65536):
+                pass
+            client.sendall(b'{"accepted":%d,"rejected":0}\n' % lines)
+        answered.set()
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen()
+        agent = threading.Thread(target=answer)
+        agent.start()
+        text = line(1).decode() * lines
+        done = run("send", "--stdin", "--socket", str(tmp_path / "s"), text=text)
+        agent.join()
+    assert answered.is_set()
+    assert done.returncode == 0
+    assert [word for word in done.stderr.splitlines() if "waiting for it" in word] == [
+        "capture-agent: the agent has not answered yet; waiting for it"
+    ]
 
 
 @pytest.mark.parametrize("verb", ["run", "check"])

@@ -16,8 +16,8 @@ from agent.cli.reach import find_socket, not_running
 
 # Lines that are sent at once; between two such lots the acknowledgements are looked at.
 LOT = 1000
-# As long as a disk may stall before somebody should look.
-PATIENCE_SECONDS = 60.0
+# As long as a disk may stall before somebody should look; and before somebody at a terminal wonders.
+PATIENCE_SECONDS, WONDER_SECONDS = 60.0, 3.0
 # Refusals that are shown; beyond it only their number.
 SHOWN = 20
 
@@ -95,7 +95,6 @@ def command(
             click.echo(f"capture-agent: {path}: {error.strerror or error}", err=True)
             click.echo("  try: the path of one of the agent's unix_stream sources", err=True)
             raise SystemExit(1) from None
-        sock.settimeout(PATIENCE_SECONDS)
         raise SystemExit(_send(_Sending(sock), lines, bar=from_stdin and sys.stderr.isatty()))
 
 
@@ -105,6 +104,7 @@ class _Sending:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._said = b""
+        self._wondered = False
         self.sent = self.accepted = self.rejected = self.full = 0
         self.open = True
         self._blanks: list[int] = []  # before each blank line, so many were sent
@@ -112,10 +112,13 @@ class _Sending:
     def send(self, lines: bytes, count: int, blanks: Sequence[int] = ()) -> None:
         """Hand lines over, with how many of them come before each blank line that is left out.
 
-        What the agent has said meanwhile is read without waiting.
+        What the agent has said meanwhile is read without waiting. Raises `TimeoutError` where it takes none.
         """
         self._blanks += [self.sent + before for before in blanks]
-        self._sock.sendall(lines)
+        left = memoryview(lines)
+        while left:
+            self._await(writing=True)
+            left = left[self._sock.send(left, socket.MSG_DONTWAIT) :]
         self.sent += count
         if select([self._sock], [], [], 0)[0]:
             self._hear(self._sock.recv(65536))
@@ -126,7 +129,20 @@ class _Sending:
 
     def wait(self) -> None:
         """Wait for the agent to say more. Raises `TimeoutError`."""
+        self._await(writing=False)
         self._hear(self._sock.recv(65536))
+
+    def _await(self, *, writing: bool) -> None:
+        """Wait for the agent to take or to say something; who runs this is told once that it takes long."""
+        mine = [self._sock]
+        for seconds in (WONDER_SECONDS, PATIENCE_SECONDS - WONDER_SECONDS):
+            if any(select([] if writing else mine, mine if writing else [], [], seconds)):
+                return
+            if not self._wondered:
+                self._wondered = True
+                click.echo("capture-agent: the agent has not answered yet; waiting for it", err=True)
+                click.echo("  to see why: capture-agent status, or its log", err=True)
+        raise TimeoutError
 
     @property
     def settled(self) -> bool:
