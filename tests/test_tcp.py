@@ -3,6 +3,7 @@
 import socket
 import ssl
 import struct
+import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -41,11 +42,8 @@ def trusting(papers: Papers, *, shown: bool = False) -> ssl.SSLContext:
 
 async def told(stream: trio.abc.ReceiveStream) -> list[dict[str, object]]:
     text = b""
-    try:
-        while some := await stream.receive_some(65536):
-            text += some
-    except trio.BrokenResourceError:
-        pass  # TLS ended without a farewell, as the agent just closes
+    while some := await stream.receive_some(65536):
+        text += some
     return [msgspec.json.decode(one) for one in text.splitlines()]
 
 
@@ -87,6 +85,47 @@ async def test_a_silent_client_is_left() -> None:
             assert await silent.receive_some(10) == b""
 
 
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (b"", b""),
+        (b'{"event":"ha', b""),
+        (ASK, b'{"accepted":0,"rejected":0}\n'),
+        (ASK + line(1), b'{"accepted":1,"rejected":0}\n'),
+    ],
+    ids=["nothing", "half a line", "asked", "told"],
+)
+async def test_who_knows_that_he_left_leaves_for_who_comes(text: bytes, answer: bytes) -> None:
+    """Who has said nothing yet, and who asks for acknowledgements, if he is silent and holds most places."""
+    async with taking(tcp(max_connections=2)) as taken:
+        address = taken.source.address
+        async with client(address) as silent, client(address) as heedless, client(address) as new:
+            await heedless.send_all(line(2))
+            await silent.send_all(text)
+            await new.send_all(ASK + line(3))
+            assert b'"accepted":1' in await new.receive_some(1000)
+            assert await silent.receive_some(1000) == answer
+            received = taken.total("received")
+            await heedless.send_all(line(4))
+            await taken.settled(received + 1)
+
+
+async def test_who_would_write_into_the_void_keeps_his_place() -> None:
+    """A TCP client that has said something and asks for nothing is not left, whoever waits."""
+    async with taking(tcp(max_connections=1)) as taken:
+        async with client(taken.source.address) as heedless, client(taken.source.address) as new:
+            await heedless.send_all(line(1))
+            await taken.settled(1)
+            await new.send_all(ASK + line(2))
+            with trio.move_on_after(2.5) as waited:
+                await new.receive_some()
+            assert waited.cancelled_caught
+            await heedless.send_all(line(3))
+            await taken.settled(2)
+            await heedless.aclose()
+            assert b'"accepted":1' in await new.receive_some()
+
+
 async def test_dead_clients_are_found_by_the_kernel() -> None:
     """An accepted connection asks its peer from time to time whether it is there."""
     async with taking(tcp()) as taken, client(taken.source.address) as sender:
@@ -114,6 +153,55 @@ async def test_tls(papers: Papers) -> None:
                 if b'"accepted":5001' in text:
                     break
         assert taken.total("accepted") == 5001
+
+
+async def test_a_tls_client_is_told_that_this_was_all(papers: Papers) -> None:
+    """When the agent stops, what a client has sent is taken, in many records, and the answer has an end."""
+    settings = tcp(tls_cert=papers.cert, tls_key=papers.key)
+    async with taking(settings) as taken, client(taken.source.address) as plain:
+        tls = trio.SSLStream(plain, trusting(papers), server_hostname="127.0.0.1")
+        await tls.send_all(ASK + line(1) * 20_000)
+        await taken.settled(1)
+        taken.stop.set()
+        assert (await told(tls))[-1] == {"accepted": 20_000, "rejected": 0}  # or it raises
+
+
+@pytest.mark.parametrize("acked", [True, False])
+async def test_half_a_line_in_tls_that_is_cut_off(papers: Papers, *, acked: bool) -> None:
+    """Whole lines are taken, in one read with the end or not; half a line is rejected as truncated."""
+    settings = tcp(tls_cert=papers.cert, tls_key=papers.key)
+    async with taking(settings) as taken:
+        async with client(taken.source.address) as plain:
+            tls = trio.SSLStream(plain, trusting(papers), server_hostname="127.0.0.1")
+            await tls.do_handshake()
+            await tls.send_all((ASK if acked else b"") + line(1) * 1000 + b'{"event":"ha')
+        await taken.settled(1001)
+        assert (taken.total("accepted"), taken.total("rejected", "truncated")) == (1000, 1)
+
+
+async def test_new_keys_again_and_again(papers: Papers) -> None:
+    """A TLS client that asks for them with every event is served on, as long as it listens."""
+    settings = tcp(tls_cert=papers.cert, tls_key=papers.key)
+    async with taking(settings) as taken:
+        command = ["openssl", "s_client", "-connect", taken.source.address, "-CAfile", papers.ca, "-tls1_3"]
+        process = await trio.lowlevel.open_process(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        async with process.stdin, process.stdout:
+            said = b""
+            while b"Verify return code: 0" not in said:
+                said += await process.stdout.receive_some()
+            await process.stdin.send_all(ASK)
+            for number in range(1, 201):
+                await trio.sleep(0.001)  # s_client(1) looks for an order where a read begins
+                await process.stdin.send_all(line(number))
+                while b'"accepted":%d,' % number not in said:
+                    said += await process.stdout.receive_some()
+                await process.stdin.send_all(b"K\n")  # update the keys, and have them updated
+        await process.wait()
+        assert taken.total("accepted") == 200
 
 
 async def test_a_client_that_does_not_speak_tls_harms_nobody(papers: Papers) -> None:

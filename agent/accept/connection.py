@@ -135,8 +135,9 @@ class Connection:
         self._peer.stop()
 
     def give_way(self) -> bool:
-        """Stop, if the client is silent and was told, or can be, of all that it has sent."""
-        if not self._silent or self._offered:
+        """Stop, if the client is silent and was told, or can be, of all that it has sent, or will send."""
+        knows = self._peer.knows or self._acks is not None or self._first
+        if not (self._silent and knows) or self._offered:
             return False
         self._farewell = HURRIED_SECONDS
         self.stop()
@@ -180,6 +181,8 @@ class Connection:
             except OSError:
                 self._finish(clean=False)
                 return
+            if data is None:
+                continue
             if not data:
                 self._finish(clean=not self._stopped)
                 return

@@ -1,8 +1,8 @@
-"""Who leaves when all places of a Unix stream are taken and somebody comes, so that no user keeps others out.
+"""Who leaves when all places of a source are taken and somebody comes, so that no user keeps others out.
 
 Of the user with the most places it is the client that was silent longest. Nothing is lost by it: what it has
-written is read to its end, and what it writes from then on fails. A TCP client would write into the void,
-and nobody knows whose it is, so none of those loses its place.
+written is read to its end, and what it writes from then on fails. Over TCP the first of that goes into the
+void, so there it is only who is told what arrived, or has never said a thing.
 """
 
 from collections import OrderedDict
@@ -32,28 +32,29 @@ class Shortage:
 
     def __init__(self, source: str) -> None:
         self._source = source
-        self._users: dict[int, OrderedDict[Client, float]] = {}
-        self._uids: dict[Client, int] = {}
+        self._users: dict[object, OrderedDict[Client, float]] = {}
+        self._user_of: dict[Client, object] = {}
         self._since = self._asked = -inf
 
-    def came(self, client: Client, uid: int) -> None:
+    def came(self, client: Client, user: object) -> None:
         """A client of this user has a place."""
-        self._uids[client] = uid
-        self._users.setdefault(uid, OrderedDict())[client] = trio.current_time()
+        self._user_of[client] = user
+        self._users.setdefault(user, OrderedDict())[client] = trio.current_time()
 
     def heard(self, client: Client) -> None:
         """A client has said something."""
-        if (uid := self._uids.get(client)) is not None:
-            clients = self._users[uid]
+        if client in self._user_of:
+            clients = self._users[self._user_of[client]]
             clients[client] = trio.current_time()
             clients.move_to_end(client)
 
     def left(self, client: Client) -> None:
         """A client has no place any more, or will have none in a moment."""
-        if (uid := self._uids.pop(client, None)) is not None:
-            del self._users[uid][client]
-            if not self._users[uid]:
-                del self._users[uid]
+        if client in self._user_of:
+            user = self._user_of.pop(client)
+            del self._users[user][client]
+            if not self._users[user]:
+                del self._users[user]
 
     def make_room(self) -> None:
         """Somebody wants a place and there is none; this is called until there is one."""
@@ -63,7 +64,7 @@ class Shortage:
         self._asked = now
         if now < self._since + SHORTAGE_SECONDS or not self._users:
             return
-        uid, clients = max(self._users.items(), key=lambda user: len(user[1]))
+        user, clients = max(self._users.items(), key=lambda one: len(one[1]))
         for client, heard in clients.items():
             if now < heard + SILENT_SECONDS:
                 return
@@ -71,7 +72,7 @@ class Shortage:
                 log.warning(
                     "all places are taken; who was silent longest of the user with most has to leave",
                     source=self._source,
-                    uid=uid,
+                    user=user if isinstance(user, int | str) else None,
                     connections=len(clients),
                     hint="see what holds them, or raise max_connections",
                 )

@@ -17,6 +17,7 @@ from agent.accept.peer import PlainPeer, TlsPeer
 from agent.accept.putter import Putter
 from agent.accept.sender import Senders, peer_of
 from agent.accept.shortage import Shortage
+from agent.accept.turns import Turns
 from agent.accept.whose import whose
 from agent.clock import Clock
 from agent.events import Origin
@@ -59,6 +60,7 @@ class StreamSource:
         self.ack = ack
         self.idle_timeout = idle_timeout
         self._tls = tls
+        self._turns = Turns()
         self._senders = senders
         self._allowed = allowed
         self._guard = Guard("connection")
@@ -94,8 +96,7 @@ class StreamSource:
                     serving.start_soon(self._serve, sock)
 
                 for listener in self._listeners:
-                    make_room = self.shortage.make_room if listener.family == socket.AF_UNIX else None
-                    accepting.start_soon(accept_all, listener, self._places, start, make_room)
+                    accepting.start_soon(accept_all, listener, self._places, start, self.shortage.make_room)
                 await stop.wait()
                 self._stopping = True
                 accepting.cancel_scope.cancel()
@@ -141,18 +142,20 @@ class StreamSource:
         self, sock: trio.socket.SocketType, origin: Origin | None, handed: HandedClient | None
     ) -> None:
         """Take what a client sends, to its end."""
-        unsent = b"" if handed is None else handed.unsent
-        peer = PlainPeer(sock, unsent) if self._tls is None else TlsPeer(sock, self._tls)
         unix = sock.family == socket.AF_UNIX
-        uid = peer_of(sock.getsockopt).uid if unix else None
-        connection = Connection(self, peer, origin, handed, uid if unix else whose(sock))
+        user: object = peer_of(sock.getsockopt).uid if unix else whose(sock)
+        if user is None:
+            user = sock
+        unsent = b"" if handed is None else handed.unsent
+        peer = PlainPeer(sock, unsent) if self._tls is None else TlsPeer(sock, self._tls, self._turns, user)
+        connection = Connection(self, peer, origin, handed, user)
         self.connections.add(connection)
-        if uid is not None:
-            self.shortage.came(connection, uid)
+        self.shortage.came(connection, user)
         if self._stopping:
             self._end(connection)
         try:
             await self._guard.keep(connection.run)
+            peer.part()
         finally:
             self.connections.discard(connection)
             self.shortage.left(connection)

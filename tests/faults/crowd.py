@@ -4,7 +4,8 @@ python crowd.py good WAY ADDRESS CA SECONDS           prints what its acknowledg
 python crowd.py flood WAY ADDRESS CA SECONDS UID CONNECTIONS
                                   sends the texts of a JSON list, each again and again, by each connection
 
-A way is `stream`, `datagram`, `tls`, or `http`, where a text is the body of a request.
+A way is `stream`, `datagram`, `tls`, or `http`, where a text is the body of a request. In a flood it can be
+`calls` too, which agree on TLS and go, and `wrong calls`, which send a text instead.
 """
 
 import encodings.idna  # noqa: F401  # which TLS asks for when the user cannot read it any more
@@ -28,6 +29,8 @@ LINE = b'{"event":"good","distinct_id":"user-42","properties":{"plan":"pro","tex
 # By HTTP a hundred at a time, as SDKs do.
 POSTED = 100
 BODY = b'{"api_key":"phc_test","batch":[%b]}' % b",".join([LINE.strip()] * POSTED)
+# Of a text, in a call that is none: more is not read.
+CALL_BYTES = 1000
 # Who is not served for so long begins anew.
 PATIENCE_SECONDS = 2.0
 
@@ -39,7 +42,7 @@ def connected(way: str, address: str, tls: ssl.SSLContext) -> socket.socket:
     client = socket.socket(socket.AF_UNIX if isinstance(where, str) else socket.AF_INET, kind)
     client.settimeout(PATIENCE_SECONDS)
     client.connect(where if isinstance(where, str) else tuple(where))
-    if way == "tls":
+    if way in ("tls", "calls"):
         client = tls.wrap_socket(client, server_hostname=where[0])
     return client
 
@@ -88,14 +91,23 @@ def posted(address: str, seconds: float) -> tuple[int, list[float]]:
 
 def good(way: str, address: str, tls: ssl.SSLContext, seconds: float) -> None:
     """Send at a steady rate and measure how long each event waits until it is told that it is on disk."""
+    came = 0.0
     if way == "http":
         accepted, waits = posted(address, seconds)
     else:
+        begin = time.monotonic()
         with connected(way, address, tls) as client:
+            came = time.monotonic() - begin
             accepted, waits = streamed(client, seconds)
     waits.sort()
-    told = {f"p{share}": round(1000 * waits[len(waits) * share // 100], 1) for share in (50, 99)}
-    sys.stdout.write(json.dumps({"accepted": accepted, **told, "worst": round(1000 * waits[-1], 1)}))
+    told = {
+        "p50": waits[len(waits) // 2],
+        "p99": waits[len(waits) * 99 // 100],
+        "worst": waits[-1],
+        "came": came,
+    }
+    said = {name: round(1000 * seconds, 1) for name, seconds in told.items()}
+    sys.stdout.write(json.dumps({"accepted": accepted, **said}))
 
 
 def pour(way: str, address: str, tls: ssl.SSLContext, text: bytes, end: float) -> None:
@@ -107,7 +119,10 @@ def pour(way: str, address: str, tls: ssl.SSLContext, text: bytes, end: float) -
     while time.monotonic() < end:
         try:
             with connected(way, address, tls) as client:
-                while time.monotonic() < end:
+                if way == "wrong calls":
+                    client.sendall(text[:CALL_BYTES])
+                    client.recv(1)
+                while "calls" not in way and time.monotonic() < end:
                     client.send(text) if way == "datagram" else client.sendall(text)
                     if way == "http":
                         client.recv(65536)
