@@ -18,6 +18,10 @@ from agent.accept.peer import CertificateError
 from agent.accept.source import bound
 
 ASK = b'{"ack":true}\n'
+# All that there are today: older devices have only the first.
+VERSIONS = pytest.mark.parametrize(
+    "version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3], ids=["1.2", "1.3"]
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +37,11 @@ async def client(address: str) -> AsyncIterator[trio.SocketStream]:
         yield connected
 
 
-def trusting(papers: Papers, *, shown: bool = False) -> ssl.SSLContext:
+def trusting(
+    papers: Papers, *, shown: bool = False, version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3
+) -> ssl.SSLContext:
     context = ssl.create_default_context(cafile=papers.ca)
+    context.maximum_version = version
     if shown:
         context.load_cert_chain(papers.cert, papers.key)
     return context
@@ -141,12 +148,13 @@ async def test_dead_clients_are_found_by_the_kernel() -> None:
                     assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60
 
 
-async def test_tls(papers: Papers) -> None:
+@VERSIONS
+async def test_tls(papers: Papers, version: ssl.TLSVersion) -> None:
     """Lines and acknowledgements, encrypted; the end of a line of a client that says farewell is its end."""
     settings = tcp(tls_cert=papers.cert, tls_key=papers.key)
     async with taking(settings) as taken:
         async with client(taken.source.address) as plain:
-            tls = trio.SSLStream(plain, trusting(papers), server_hostname="127.0.0.1")
+            tls = trio.SSLStream(plain, trusting(papers, version=version), server_hostname="127.0.0.1")
             await tls.send_all(ASK + line(1) * 5000 + line(2))
             while True:
                 text = await tls.receive_some(65536)
@@ -177,6 +185,23 @@ async def test_half_a_line_in_tls_that_is_cut_off(papers: Papers, *, acked: bool
             await tls.send_all((ASK if acked else b"") + line(1) * 1000 + b'{"event":"ha')
         await taken.settled(1001)
         assert (taken.total("accepted"), taken.total("rejected", "truncated")) == (1000, 1)
+
+
+@pytest.mark.parametrize("acked", [True, False])
+@pytest.mark.parametrize("secret", [True, False])
+async def test_half_a_line_when_the_agent_stops(papers: Papers, *, acked: bool, secret: bool) -> None:
+    """Who is told what arrived sends it again, so it is not told as refused; of others it is counted."""
+    settings = tcp(tls_cert=papers.cert, tls_key=papers.key) if secret else tcp()
+    async with taking(settings) as taken, client(taken.source.address) as plain:
+        tls = trio.SSLStream(plain, trusting(papers), server_hostname="127.0.0.1") if secret else plain
+        await tls.send_all((ASK if acked else b"") + line(1))
+        await taken.settled(1)
+        await tls.send_all(line(2)[:-1])
+        await trio.sleep(0.1)
+        taken.stop.set()
+        assert (await told(tls))[-1:] == ([{"accepted": 1, "rejected": 0}] if acked else [])
+        await taken.settled(1 if acked else 2)
+        assert (taken.total("received"), taken.total("accepted")) == (1 if acked else 2, 1)
 
 
 async def test_new_keys_again_and_again(papers: Papers) -> None:
@@ -231,18 +256,20 @@ async def test_a_client_that_never_agrees_on_tls_leaves_at_once(papers: Papers) 
             assert b'"accepted":1' in await tls.receive_some(1000)
 
 
-async def test_clients_may_have_to_show_a_certificate(papers: Papers) -> None:
+@VERSIONS
+async def test_clients_may_have_to_show_a_certificate(papers: Papers, version: ssl.TLSVersion) -> None:
     """Without one of the authority's nothing is taken."""
     settings = tcp(tls_cert=papers.cert, tls_key=papers.key, tls_client_ca=papers.ca)
     async with taking(settings) as taken:
         async with client(taken.source.address) as plain:
-            stranger = trio.SSLStream(plain, trusting(papers), server_hostname="127.0.0.1")
+            stranger = trio.SSLStream(plain, trusting(papers, version=version), server_hostname="127.0.0.1")
             with pytest.raises(trio.BrokenResourceError):
                 while True:
                     await stranger.send_all(line(1))
                     await stranger.receive_some(100)
         async with client(taken.source.address) as plain:
-            known = trio.SSLStream(plain, trusting(papers, shown=True), server_hostname="127.0.0.1")
+            context = trusting(papers, shown=True, version=version)
+            known = trio.SSLStream(plain, context, server_hostname="127.0.0.1")
             await known.send_all(ASK + line(2))
             assert b'"accepted":1' in await known.receive_some(1000)
         assert taken.total("received") == 1

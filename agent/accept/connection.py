@@ -238,7 +238,10 @@ class Connection:
         self._source.partials.note(self, 0)
 
     def _finish(self, *, clean: bool) -> None:
-        """The last line: whole if the client closed, cut if it was reset or stopped, or more was due."""
+        """The last line: whole if the client closed, cut if it was reset or stopped, or more was due.
+
+        Who is told what arrived has not been told of a line that the agent itself cut, and sends it again.
+        """
         due = self._reader.due
         last = self._reader.finish()
         if not due and not last.strip():
@@ -246,7 +249,7 @@ class Connection:
         if clean and not due:
             lines = last + b"\n"
             self._offer(self._greet(lines, ended=False) if self._first else lines, None)
-        else:
+        elif not (self._stopped and self._acks is not None):
             self._offer(b"", Cut("truncated", sample(last)))
 
     def _offer(self, lines: bytes, cut: Cut | None) -> None:

@@ -131,7 +131,7 @@ class TlsPeer(PlainPeer):
             try:
                 self._feed()
                 self._tls.do_handshake()
-                self._agreed = True  # what is left to say, session tickets, goes before the first answer
+                self._agreed = True
             except ssl.SSLWantReadError:
                 pass
             except ssl.SSLError:
@@ -139,7 +139,9 @@ class TlsPeer(PlainPeer):
                 raise
             finally:
                 self._turns.give(self._user)
-            if not self._agreed:
+            # What TLS 1.3 has left to say is session tickets, which go before the first answer: a client that
+            # asks for none, and goes without reading them, would reset the connection.
+            if not (self._agreed and self._tls.version() == "TLSv1.3"):
                 await super().send(self._outgoing.read())
 
     def _feed(self) -> bool:
