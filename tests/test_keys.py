@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.deliver.keys import MOST_HELD, MOST_WORKED, PROBE_LONGEST, PROBE_SPACING, HeldKeys, Keys
+from agent.deliver.keys import MOST_HELD, MOST_MISSED, MOST_WORKED, PROBE_LONGEST, PROBE_SPACING, HeldKeys, Keys
 from agent.deliver.pace import PROBE_SECONDS, Held
 
 
@@ -26,7 +26,7 @@ def refused(*names: str | None, reason: Held = "key", now: float = 0.0) -> Keys:
 def crowded() -> Keys:
     """As many keys are held as may be, but for the own one; `works` has worked."""
     keys = Keys(60.0)
-    keys.accept("works", probe=False)
+    keys.accept("works", 0.0, probe=False)
     for number in range(MOST_HELD):
         keys.hold(f"wrong-{number}", "key", "", number / 10_000, lowest)
     return keys
@@ -66,13 +66,30 @@ def test_one_probe_when_its_time_is_over(reason: Held, seconds: float) -> None:
     assert keys.clients() == [HeldKeys(reason, 1, 0.0, 3 * seconds)]
 
 
+def test_a_key_that_just_worked_is_not_held_for_one_shipment() -> None:
+    """It needs company, and is held where that is not found often, or the key has not worked for long."""
+    keys = Keys(60.0)
+    assert keys.miss("new", 0.0)
+    for key in (None, "a"):
+        keys.accept(key, 100.0, probe=False)
+        assert not any(keys.miss(key, 160.0) for _ in range(MOST_MISSED - 1))
+        assert keys.need_company(160.0)
+        keys.accept(key, 160.0, probe=False)
+        assert not keys.need_company(160.0)
+        assert [keys.miss(key, 160.0) for _ in range(MOST_MISSED)].index(True) == MOST_MISSED - 1
+        keys.hold(key, "rejected", "no", 160.0, lambda low, _high: low)
+        assert not keys.need_company(160.0)  # before it is due
+    keys.accept("b", 200.0, probe=False)
+    assert keys.miss("b", 261.0)
+
+
 def test_only_a_probe_ends_a_hold() -> None:
     """What was sent before the refusal may still be taken, and says nothing new."""
     keys = refused("a")
-    assert not keys.accept("a", probe=False)
+    assert not keys.accept("a", 0.0, probe=False)
     assert keys.is_held("a")
     assert keys.ask("a", 50.0)
-    assert keys.accept("a", probe=True)
+    assert keys.accept("a", 0.0, probe=True)
     keys.done("a")
     assert (keys.is_held("a"), keys.next_probe(50.0)) == (False, inf)
     assert "a" not in keys.closed(50.0)
@@ -101,7 +118,7 @@ def test_shipments_without_a_witness_are_counted_by_key() -> None:
     assert [keys.need_company(now) for now in (61.0, 120.0)] == [False, True]
     assert keys.ask("a", 120.0)
     assert not keys.need_company(120.0)
-    keys.accept("a", probe=True)
+    keys.accept("a", 0.0, probe=True)
     assert keys.unwitnessed("a") == 0
 
 
@@ -172,8 +189,8 @@ def test_a_key_that_worked_is_known_until_it_is_refused() -> None:
     keys.hold("works", "key", "", 1.0, lowest)
     assert "works" in keys.closed(1.0)
     for number in range(MOST_WORKED + 5):
-        assert keys.accept(f"right-{number}", probe=False)
-        assert not keys.accept(f"right-{number}", probe=False)
+        assert keys.accept(f"right-{number}", 0.0, probe=False)
+        assert not keys.accept(f"right-{number}", 0.0, probe=False)
     assert "right-0" in keys.closed(1.0)
     assert f"right-{MOST_WORKED}" not in keys.closed(1.0)
 
@@ -203,7 +220,7 @@ def test_the_bounds_hold_whatever_happens(moves: list[tuple[str, int, float]], s
                 probing.add(name)
         elif move == "take":
             ends = name in probing or not keys.is_held(name)
-            keys.accept(name, probe=name in probing)
+            keys.accept(name, 0.0, probe=name in probing)
             assert keys.is_held(name) != ends
             if ends:
                 last.pop(name, None)

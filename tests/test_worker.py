@@ -164,6 +164,23 @@ async def test_the_culprit_is_buried_and_its_neighbours_arrive(mock_clock: MockC
         assert out.buffer.stats().dead_letters == 3
 
 
+async def test_all_of_a_programs_events_are_bad(mock_clock: MockClock) -> None:
+    """Whole batches among others' good ones: those do not wait, and in the end the bad ones are dead."""
+    async with delivering(Sink(keep=20_000), mock_clock, max_batch_events=100) as out:
+        for number in range(40):
+            write = poison if number % 4 == 3 else line
+            await out.put([write(n) for n in range(number * 100, number * 100 + 100)])
+        with trio.fail_after(30):  # and the clock does not jump
+            while out.total("delivered") < 3000:
+                assert out.delivery.hold is None
+                await trio.sleep(0.002)
+        while out.buffer.stats().events:  # who comes later is company for them
+            await out.put([line(0)] * 100)
+            later = trio.current_time() + 100
+            await out.until(lambda later=later: trio.current_time() > later)  # type: ignore[misc]
+        assert out.total("dead", "rejected") == 1000
+
+
 async def test_without_a_witness_nobody_is_buried(mock_clock: MockClock) -> None:
     """Where PostHog refuses everything the fault may be ours: the project is held and keeps its events."""
     sink = Sink(script=lambda _request: Reply(400, b"no"))

@@ -21,6 +21,10 @@ MOST_HELD = 1024
 # Keys that worked last; as many as the buffer has lanes.
 MOST_WORKED = 2048
 
+# So many shipments in a row may find no witness while the key works: two of each worker by default, as all of
+# them may be busy with one program's bad events.
+MOST_MISSED = 16
+
 # Clients' keys that do not work take turns: a probe each so many seconds asks 200 of them in a minute.
 PROBE_SPACING = 0.25
 # And one at a time, or they would fill the way where answers are slow. One that takes longer than this, as
@@ -46,6 +50,16 @@ class _Held:
         self.hold = hold
         self.asked = False
         self.unwitnessed = 0
+
+
+class _Worked:
+    """A key that worked: when last, and how many shipments found no witness since."""
+
+    __slots__ = ("at", "missed")
+
+    def __init__(self, at: float) -> None:
+        self.at = at
+        self.missed = 0
 
 
 class _AllBut(Container[Key]):
@@ -90,7 +104,8 @@ class Keys:
     def __init__(self, cooldown: float) -> None:
         self._cooldown = cooldown
         self._held: dict[Key, _Held] = {}
-        self._worked: dict[str, None] = {}
+        self._worked: dict[Key, _Worked] = {}
+        self._missed: set[Key] = set()  # that worked, and then found no witness
         self._probed_at = self._next_turn = -inf  # of clients' keys
 
     @property
@@ -150,7 +165,7 @@ class Keys:
 
     def need_company(self, now: float) -> bool:
         """Whether a key may be leased whose last shipment found no witness."""
-        return any(
+        return bool(self._missed) or any(
             held.unwitnessed and not held.asked and self._due_at(key) <= now
             for key, held in self._held.items()
         )
@@ -176,26 +191,41 @@ class Keys:
         if key is not None:
             self._next_turn = self._probed_at + PROBE_SPACING
 
-    def accept(self, key: Key, *, probe: bool) -> bool:
+    def accept(self, key: Key, now: float, *, probe: bool) -> bool:
         """Events of a key were taken: whether fewer keys are closed now."""
         news = key in self._held
         if news:
             if not probe:
                 return False
             del self._held[key]
-        if key is not None:
-            news = news or key not in self._worked
-            self._worked.pop(key, None)
-            self._worked[key] = None
-            if len(self._worked) > MOST_WORKED:
-                del self._worked[next(iter(self._worked))]
+        news = news or (key is not None and key not in self._worked)
+        self._worked.pop(key, None)
+        self._worked[key] = _Worked(now)
+        self._missed.discard(key)
+        if len(self._worked) > MOST_WORKED:
+            oldest = next(iter(self._worked))
+            del self._worked[oldest]
+            self._missed.discard(oldest)
         return news
+
+    def miss(self, key: Key, now: float) -> bool:
+        """A shipment found no witness: whether that is a reason to hold its key.
+
+        Not where the key has just worked, and the events of one program may all be bad: others do not wait.
+        """
+        worked = self._worked.get(key)
+        if worked is None or now - worked.at > self._cooldown:
+            return True
+        worked.missed += 1
+        self._missed.add(key)
+        return worked.missed >= MOST_MISSED
 
     def hold(self, key: Key, reason: Held, why: str, now: float, uniform: Uniform) -> None:
         """Hold a key's events, or go on holding them; a reason that stays keeps its `since`.
 
         `why` is kept of the project's own only: what is said of another key may name it.
         """
+        self._missed.discard(key)
         held = self._held.get(key)
         probe_at = now + silence(reason, self._cooldown, uniform)
         if held is None:

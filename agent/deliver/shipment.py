@@ -27,9 +27,9 @@ from agent.deliver.verdict import (
 )
 from agent.events import LONG, Chunk
 
-# Without a witness, stop here. The way from 1,000 events down to one is 10 halvings of two requests each, so
-# 16 requests have asked about batches of 1 % of the shipment, and not one of them was taken.
-UNWITNESSED = 16
+# Without a witness, stop here. The way from 1,000 events down to one is 10 halvings of two requests each; the
+# rest asks about a dozen neighbours, one by one. So where a tenth of all events is good, one of them is met.
+UNWITNESSED = 40
 
 # Replayed events may all be refused again, with two requests each. After so many of a shipment the rest
 # goes to the back of the queue: new events wait 2 s for each of `concurrency` where one takes 50 ms, and
@@ -72,8 +72,9 @@ class Shipment:
 
     **The witness rule.** A lone event that is refused is only a suspect: the fault may be ours (key, host, a
     bug). Suspects are condemned when everything has been asked, and only if some event of the same shipment
-    was accepted. After a refused half its sibling is asked before going deeper, so that a witness is met
-    early. Without one, after 16 refusals or at the end, nothing is condemned and `hold` is `rejected`.
+    was accepted, or of another one of that key meanwhile. After a refused half its sibling is asked before
+    going deeper, so that a witness is met early. Without one, after `UNWITNESSED` refusals or at the end,
+    nothing is condemned and `hold` is `rejected`.
 
     A refused shipment without a witness (a lone event never has one) has not `progressed`: its lease is
     released to the back of the queue, where newer events do not wait for it. Its witness is company: leased
@@ -120,6 +121,7 @@ class Shipment:
         self._cut_sizes: list[int] = []
         self._number = self._cuts = self._resends = 0
         self._rejections = 0
+        self._witnessed = False
         self._over = False
         if protocol == "v1":
             self._bury_what_is_too_long()
@@ -168,6 +170,10 @@ class Shipment:
                 self._reject(span, batch, Suspect("too_large", reason))
             case Rejected(reason=reason):
                 self._reject(span, batch, Suspect("rejected", reason))
+
+    def testify(self) -> None:
+        """An event of the same key was accepted while this is under way: neither key nor way are at fault."""
+        self._witnessed = True
 
     def stop(self) -> None:
         """End in the middle: what has no answer yet is left over, and nobody is condemned."""
@@ -254,7 +260,7 @@ class Shipment:
         """Everything has been asked: condemn who is to be."""
         self._over = True
         for number in self._suspects:
-            if self.accepted or self._replayed(number):
+            if self.accepted or self._witnessed or self._replayed(number):
                 self._cargo.know(number, DEAD)
             elif self._cargo.is_known(number, SUSPECT):
                 self.hold = "rejected"
@@ -276,7 +282,7 @@ class Shipment:
             if self._cargo.open(self._cargo.chunk_of(number)):
                 self._suspects[number] = how
                 self._cargo.know(number, SUSPECT)
-        if self._rejections >= UNWITNESSED and not self.accepted:
+        if self._rejections >= UNWITNESSED and not (self.accepted or self._witnessed):
             self.hold, self._over = "rejected", True
 
     def _try_smaller(self, span: Span, batch: Batch, verdict: Retry) -> None:

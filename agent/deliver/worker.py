@@ -77,6 +77,7 @@ class Delivery:
         self._draining = self._ending = False
         self._ended = 0
         self._asked: dict[Lease, float] = {}  # since when each request is under way
+        self._shipping: dict[Lease, Shipment] = {}
         self._sizes = Sizes(project)
         self._state = ""
         self._clients_state = ""
@@ -131,9 +132,11 @@ class Delivery:
                 self._settings.protocol,
                 cuts=self._sizes.cuts,
             )
+            self._shipping[lease] = shipment
             try:
                 await self._ship(shipment, lease, probe=probe)
             finally:
+                del self._shipping[lease]
                 shipment.stop()
                 if shipment.progressed:  # while that cannot be written, nothing more is sent
                     await self._settle(lease, shipment)
@@ -205,8 +208,9 @@ class Delivery:
                 wait = self._record(leave, batch, verdict, probe=probe)
             if wait and not await self._rested(wait, lease.until):
                 return
-        if shipment.hold == "rejected":
-            self.keys.hold(lease.key, "rejected", shipment.why, trio.current_time(), self._uniform)
+        now = trio.current_time()
+        if shipment.hold == "rejected" and self.keys.miss(lease.key, now):
+            self.keys.hold(lease.key, "rejected", shipment.why, now, self._uniform)
             self._tell()
 
     async def _settle(self, lease: Lease, shipment: Shipment) -> None:
@@ -282,7 +286,11 @@ class Delivery:
                 self.trouble = Trouble(text, self._now().wall)
         held = self.keys.own
         wait = self.pace.record(leave, said, now, self._uniform)
-        if isinstance(said, Accepted) and self.keys.accept(batch.key, probe=probe):
+        if isinstance(said, Accepted):
+            for lease, shipment in self._shipping.items():
+                if lease.key == batch.key:
+                    shipment.testify()
+        if isinstance(said, Accepted) and self.keys.accept(batch.key, now, probe=probe):
             if held and not self.keys.own and held.reason != "rejected":  # that was about events
                 self.pace.ease(held.since, now)
             self._look_again()
