@@ -183,6 +183,15 @@ async def test_an_agent_that_hangs_is_the_only_error(tmp_path: Path) -> None:
     assert report.told("buffer") == []
 
 
+async def test_an_agent_that_sends_elsewhere_is_told(tmp_path: Path) -> None:
+    """It was started with another host, by its environment or before the file changed."""
+    async with serving(Sink()) as url, serving(Sink()) as other, running(configure(tmp_path, url)):
+        report = await examined(configure(tmp_path, other))
+        assert f"the running agent sends to {url}, the configuration's host is {other}" in words(
+            report, ["warning"]
+        )
+
+
 async def test_a_hold_is_told_with_its_reason(tmp_path: Path) -> None:
     """What the running agent suffers from is told as it tells it."""
     async with serving(Sink(status=401)) as url:

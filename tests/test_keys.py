@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.deliver.keys import MOST_HELD, MOST_MISSED, MOST_WORKED, PROBE_LONGEST, PROBE_SPACING, HeldKeys, Keys
+from agent.deliver.keys import (
+    MOST_HELD,
+    MOST_MISSED,
+    MOST_WORKED,
+    PROBE_LONGEST,
+    PROBE_SPACING,
+    HeldKeys,
+    Keys,
+)
 from agent.deliver.pace import PROBE_SECONDS, Held
 
 

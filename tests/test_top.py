@@ -132,6 +132,31 @@ async def test_top_in_a_pipe(tmp_path: Path) -> None:
         assert done.returncode == 3
 
 
+async def test_top_on_a_dumb_terminal(tmp_path: Path) -> None:
+    """A line a second, as it cannot be drawn on."""
+    config = configure(tmp_path, "http://127.0.0.1:9")
+    ours, theirs = pty.openpty()
+    async with running(config):
+        process = await trio.lowlevel.open_process(
+            [*COMMAND, "top", "--config", str(config)],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            env={**ENVIRONMENT, "TERM": "dumb"},
+        )
+        os.close(theirs)
+        said = b""
+        with trio.fail_after(30):
+            while said.count(b"\n") < 2:
+                await trio.lowlevel.wait_readable(ours)
+                said += os.read(ours, 65536)
+        process.send_signal(signal.SIGINT)
+        assert await process.wait() == 0
+    os.close(ours)
+    assert b"\x1b" not in said
+    assert said.count(b"; buffer 0 events") >= 2
+
+
 async def test_top_on_a_terminal(tmp_path: Path) -> None:
     """The screen has sources, projects, buffer and books, sits a restart out, and gives the terminal back."""
     config = configure(tmp_path, "http://127.0.0.1:9")

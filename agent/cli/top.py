@@ -1,5 +1,6 @@
 """`capture-agent top`: what a running agent does, live, with rates and pictures of the last minute."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -33,12 +34,13 @@ LEAST_WIDTH = 10
 def command(config_file: str | None, as_json: bool) -> None:
     """Show what a running agent does, live: rates of each source and project, buffer, holds, books.
 
-    Ctrl-C ends it. In a pipe it prints a line a second.
+    Ctrl-C ends it. In a pipe or on a dumb terminal it prints a line a second.
     """
     import httpx
 
     path = find_socket(config_file, "admin.sock")
-    live = sys.stdout.isatty() and not as_json
+    # A dumb terminal can be written to, and no more (terminfo(5)): for such a one rich draws nothing.
+    live = sys.stdout.isatty() and not as_json and os.environ.get("TERM") not in ("dumb", "unknown")
     try:
         with (
             httpx.Client(transport=httpx.HTTPTransport(uds=path), timeout=PATIENCE_SECONDS) as client,

@@ -31,7 +31,18 @@ def look(config: Config, status: Status, at: str) -> Iterator[Finding]:
     for source in status["sources"]:
         yield from _source(source)
     for project in status["projects"]:
+        yield from _host(config, project)
         yield from _project(project)
+
+
+def _host(config: Config, project: Status) -> Iterator[Finding]:
+    """A project that the running agent sends elsewhere: what is asked on the network is another way."""
+    name, used = project["name"], project["host"]
+    said = next((one.host for one in config.projects if one.name == name), used)
+    if said != used:
+        what = f"the running agent sends to {used}, the configuration's host is {said}"
+        hint = "reload the agent, or give the doctor its configuration (--config FILE) and environment"
+        yield warning("agent", f"project {name}", what, hint)
 
 
 def _buffer(config: Config, buffer: Status) -> Iterator[Finding]:
