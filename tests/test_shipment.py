@@ -215,6 +215,21 @@ def test_some_refusals_without_a_witness_are_enough(verdict: Verdict) -> None:
     assert events_in(shipment.rest) == [event(number) for number in range(1000)]
 
 
+@pytest.mark.parametrize("before", [0, 1, UNWITNESSED - 1])
+def test_another_shipment_testifies(before: int) -> None:
+    """What is accepted of the same key while this is under way is a witness: all of it may be bad."""
+    shipment = Shipment(chunks_of([100]), **generous)
+    asked = 0
+    while shipment.next_batch() is not None:
+        if asked == before:
+            shipment.testify()
+        shipment.receive(REJECTED)
+        asked += 1
+    assert (shipment.hold, shipment.accepted, shipment.progressed, asked) == (None, 0, True, 199)
+    assert len(shipment.dead(AT)) == 100
+    assert shipment.rest == []
+
+
 def test_a_dead_event_tells_what_a_person_needs() -> None:
     """Its bytes, PostHog's text, where it came from and how often it was tried."""
     shipment = Shipment(chunks_of([2, 2]), **generous)
