@@ -3,7 +3,7 @@
 import trio
 import trio.testing
 
-from agent.accept.shortage import SHORTAGE_SECONDS, SILENT_SECONDS, Shortage
+from agent.accept.shortage import BUSY_SECONDS, SHORTAGE_SECONDS, SILENT_SECONDS, Shortage
 
 HOG, GOOD = 1, 2
 
@@ -15,7 +15,7 @@ class One:
         self.owed = owed
         self.left = False
 
-    def give_way(self) -> bool:
+    def give_way(self, *, busy: bool) -> bool:
         """See `Client`."""
         self.left = not self.owed
         return self.left
@@ -42,6 +42,26 @@ async def test_the_user_with_most_places_gives_them_up(autojump_clock: trio.test
         left += [number for number, one in enumerate(hogs) if one.left and number not in left]
     assert left == [2, 3, 4]
     assert not any(one.left for one in good)
+
+
+async def test_who_speaks_all_the_time_takes_turns(autojump_clock: trio.testing.MockClock) -> None:
+    """Not for some seconds; then one after the other who was heard first, until he has one left."""
+    shortage = Shortage("source")
+    hogs, began = [One() for _ in range(3)], trio.current_time()
+    for one in hogs:
+        shortage.came(one, HOG)
+    while not any(one.left for one in hogs):
+        for one in hogs:
+            shortage.heard(one)
+        shortage.make_room()
+        await trio.sleep(SHORTAGE_SECONDS / 2)
+    assert BUSY_SECONDS <= trio.current_time() - began <= BUSY_SECONDS + 2
+    for _ in range(10):
+        shortage.heard(hogs[1])
+        shortage.heard(hogs[2])
+        shortage.make_room()
+        await trio.sleep(SHORTAGE_SECONDS / 2)
+    assert [one.left for one in hogs] == [True, True, False]
 
 
 async def test_who_speaks_keeps_his_place(autojump_clock: trio.testing.MockClock) -> None:

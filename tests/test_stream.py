@@ -5,7 +5,7 @@ import socket
 import struct
 import tracemalloc
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from sources import line, stream, taking
 
 from agent.accept.handed import HandedClient, HandedSource, Totals, place_of
 from agent.accept.offered import Offered
+from agent.accept.shortage import BUSY_SECONDS
 from agent.buffer import Limits
 from agent.decode.ndjson import Unfinished
 from agent.events import Cut, Instant, Read
@@ -309,6 +310,33 @@ async def test_who_was_silent_longest_leaves_for_who_comes(tmp_path: Path) -> No
             with pytest.raises(trio.BrokenResourceError):
                 await silent.send_all(line(5))
             assert msgspec.json.decode(await new.receive_some()) == {"accepted": 1, "rejected": 0}
+
+
+@pytest.mark.parametrize("asked", [ASK, b""], ids=["acknowledged", "not"])
+async def test_who_talks_all_the_time_takes_turns(tmp_path: Path, asked: bytes) -> None:
+    """All places are one program's, which writes by each: who comes waits some time, no line is lost."""
+    written = 0
+    async with taking(stream(tmp_path, max_connections=3)) as taken, trio.open_nursery() as nursery:
+
+        async def talk() -> None:
+            nonlocal written
+            async with client(taken.source.address) as talking:
+                await talking.send_all(asked)
+                with suppress(trio.BrokenResourceError):
+                    while True:
+                        await talking.send_all(line(1))
+                        written += 1
+                        await trio.sleep(0.001)
+
+        for _ in range(3):
+            nursery.start_soon(talk)
+        await trio.sleep(0.2)
+        async with client(taken.source.address) as new:
+            with trio.fail_after(BUSY_SECONDS + 5):
+                await new.send_all(ASK + line(2))
+                assert msgspec.json.decode(await new.receive_some()) == {"accepted": 1, "rejected": 0}
+        nursery.cancel_scope.cancel()
+    assert taken.total("received") == taken.total("accepted") >= written + 1
 
 
 async def test_who_is_owed_an_acknowledgement_keeps_his_place(tmp_path: Path) -> None:

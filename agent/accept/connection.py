@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from math import inf
 from typing import Protocol
 
 import msgspec
@@ -102,6 +103,8 @@ class Connection:
         self._silent = False  # there is nothing to read
         self._stopped = False
         self._farewell = FAREWELL_SECONDS
+        self._until = inf  # it is read so long
+        self._settled_at = -inf
         self._ended = False
         self._serving = trio.CancelScope()
         if handed is not None:
@@ -134,12 +137,20 @@ class Connection:
         self._stopped = True
         self._peer.stop()
 
-    def give_way(self) -> bool:
-        """Stop, if the client is silent and was told, or can be, of all that it has sent, or will send."""
+    def give_way(self, *, busy: bool) -> bool:
+        """Stop, if the client was told, or can be, of all that it has sent, or will send.
+
+        It is silent, unless it may be `busy`; one that waits for what finds no room is not.
+        """
+        now = trio.current_time()
+        flows = not self._offered or (busy and now < self._settled_at + HURRIED_SECONDS)
         knows = self._peer.knows or self._acks is not None or self._first
-        if not (self._silent and knows) or self._offered:
+        if not (flows and knows and (busy or self._silent)):
             return False
-        self._farewell = HURRIED_SECONDS
+        if not busy:
+            self._farewell = HURRIED_SECONDS
+        if not self._peer.knows:  # the kernel goes on to take what it writes
+            self._until = now + HURRIED_SECONDS
         self.stop()
         return True
 
@@ -183,7 +194,7 @@ class Connection:
                 return
             if data is None:
                 continue
-            if not data:
+            if not data or trio.current_time() > self._until:
                 self._finish(clean=not self._stopped)
                 return
             self._feed(data)
@@ -275,6 +286,7 @@ class Connection:
             while self._offered:
                 await self._offered[0].settled.wait()
                 self._offered.popleft()
+                self._settled_at = trio.current_time()
             if self._ended:
                 if self._acks is not None:
                     self._acks.end()

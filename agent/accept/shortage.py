@@ -1,8 +1,9 @@
 """Who leaves when all places of a source are taken and somebody comes, so that no user keeps others out.
 
-Of the user with the most places it is the client that was silent longest. Nothing is lost by it: what it has
-written is read to its end, and what it writes from then on fails. Over TCP the first of that goes into the
-void, so there it is only who is told what arrived, or has never said a thing.
+Of the user with the most places it is the client that was silent longest; after a while also one that is
+busy, if it is not his only one. Nothing is lost by it: what it has written is read to its end, and what it
+writes from then on fails. Over TCP the first of that goes into the void, so there it is only who is told what
+arrived, or has never said a thing.
 """
 
 from collections import OrderedDict
@@ -16,6 +17,8 @@ import trio
 SHORTAGE_SECONDS = 1.0
 # Who has ended a line within so long is busy, and stays. What is not a whole line is no word.
 SILENT_SECONDS = 1.0
+# But not for ever: where nobody has left for so long, his clients take turns, as those do who connect anew.
+BUSY_SECONDS = 5.0
 
 log = structlog.get_logger("accept")
 
@@ -23,8 +26,8 @@ log = structlog.get_logger("accept")
 class Client(Protocol):
     """One that has a place."""
 
-    def give_way(self) -> bool:
-        """Leave, unless the agent owes it something."""
+    def give_way(self, *, busy: bool) -> bool:
+        """Leave, unless it would lose something by it; where it is not to be `busy`, only if it is silent."""
 
 
 class Shortage:
@@ -65,10 +68,12 @@ class Shortage:
         if now < self._since + SHORTAGE_SECONDS or not self._users:
             return
         user, clients = max(self._users.items(), key=lambda one: len(one[1]))
+        busy = now >= self._since + BUSY_SECONDS and len(clients) > 1
         for client, heard in clients.items():
-            if now < heard + SILENT_SECONDS:
+            silent = now >= heard + SILENT_SECONDS
+            if not (silent or busy):
                 return
-            if client.give_way():
+            if (silent and client.give_way(busy=False)) or (busy and client.give_way(busy=True)):
                 log.warning(
                     "all places are taken; who was silent longest of the user with most has to leave",
                     source=self._source,
