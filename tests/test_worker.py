@@ -181,6 +181,27 @@ async def test_all_of_a_programs_events_are_bad(mock_clock: MockClock) -> None:
         assert out.total("dead", "rejected") == 1000
 
 
+async def test_when_everything_is_refused_from_one_moment_on_nobody_is_buried(mock_clock: MockClock) -> None:
+    """What was accepted until then is no witness against what is under way at that moment."""
+    asked, slow = 0, trio.Event()
+
+    def turning(_request: Request) -> Reply | trio.Event | None:
+        nonlocal asked
+        asked += 1
+        if asked == 60:
+            slow.set()  # and is taken: it was asked before
+        return None if asked <= 20 else slow if asked == 21 else Reply(400, b"no")
+
+    async with delivering(Sink(script=turning), mock_clock, max_batch_events=100) as out:
+        await out.put([line(number) for number in range(10_000)], each=100)
+        with trio.fail_after(30):  # and the clock does not jump
+            while out.delivery.hold is None:
+                await trio.sleep(0.002)
+        assert out.delivery.hold.reason == "rejected"
+        assert out.buffer.stats().dead_letters == 0
+        assert out.total("delivered") == 2100
+
+
 async def test_without_a_witness_nobody_is_buried(mock_clock: MockClock) -> None:
     """Where PostHog refuses everything the fault may be ours: the project is held and keeps its events."""
     sink = Sink(script=lambda _request: Reply(400, b"no"))

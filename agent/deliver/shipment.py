@@ -72,9 +72,10 @@ class Shipment:
 
     **The witness rule.** A lone event that is refused is only a suspect: the fault may be ours (key, host, a
     bug). Suspects are condemned when everything has been asked, and only if some event of the same shipment
-    was accepted, or of another one of that key meanwhile. After a refused half its sibling is asked before
-    going deeper, so that a witness is met early. Without one, after `UNWITNESSED` refusals or at the end,
-    nothing is condemned and `hold` is `rejected`.
+    was accepted, or of another one of that key that was asked after a refusal: had key or way become wrong
+    meanwhile, what was asked earlier could be accepted all the same. After a refused half its sibling is
+    asked before going deeper, so that a witness is met early. Without one, after `UNWITNESSED` refusals or at
+    the end, nothing is condemned and `hold` is `rejected`.
 
     A refused shipment without a witness (a lone event never has one) has not `progressed`: its lease is
     released to the back of the queue, where newer events do not wait for it. Its witness is company: leased
@@ -172,7 +173,7 @@ class Shipment:
                 self._reject(span, batch, Suspect("rejected", reason))
 
     def testify(self) -> None:
-        """An event of the same key was accepted while this is under way: neither key nor way are at fault."""
+        """What was sent with the same key since a refusal was accepted: neither key nor way are at fault."""
         self._witnessed = True
 
     def stop(self) -> None:

@@ -77,7 +77,7 @@ class Delivery:
         self._draining = self._ending = False
         self._ended = 0
         self._asked: dict[Lease, float] = {}  # since when each request is under way
-        self._shipping: dict[Lease, Shipment] = {}
+        self._searching: dict[Lease, tuple[float, Shipment]] = {}  # since when something of it was refused
         self._sizes = Sizes(project)
         self._state = ""
         self._clients_state = ""
@@ -132,11 +132,10 @@ class Delivery:
                 self._settings.protocol,
                 cuts=self._sizes.cuts,
             )
-            self._shipping[lease] = shipment
             try:
                 await self._ship(shipment, lease, probe=probe)
             finally:
-                del self._shipping[lease]
+                self._searching.pop(lease, None)
                 shipment.stop()
                 if shipment.progressed:  # while that cannot be written, nothing more is sent
                     await self._settle(lease, shipment)
@@ -199,19 +198,29 @@ class Delivery:
                 return
             verdict: Verdict | Damaged | None = None
             wait = 0.0
-            self._asked[lease] = trio.current_time()
+            self._asked[lease] = asked = trio.current_time()
             try:
                 verdict, attempt = await self.courier.carry(batch, attempt)
                 shipment.receive(verdict)
             finally:
                 del self._asked[lease]
                 wait = self._record(leave, batch, verdict, probe=probe)
+            if isinstance(verdict, Rejected | Split):
+                self._searching.setdefault(lease, (trio.current_time(), shipment))
+            elif isinstance(verdict, Accepted):
+                self._testify(lease.key, asked)
             if wait and not await self._rested(wait, lease.until):
                 return
         now = trio.current_time()
         if shipment.hold == "rejected" and self.keys.miss(lease.key, now):
             self.keys.hold(lease.key, "rejected", shipment.why, now, self._uniform)
             self._tell()
+
+    def _testify(self, key: Key, asked: float) -> None:
+        """What was asked then was taken: neither key nor way is why something was refused before that."""
+        for lease, (since, shipment) in self._searching.items():
+            if lease.key == key and since < asked:
+                shipment.testify()
 
     async def _settle(self, lease: Lease, shipment: Shipment) -> None:
         now = self._now().wall
@@ -286,10 +295,6 @@ class Delivery:
                 self.trouble = Trouble(text, self._now().wall)
         held = self.keys.own
         wait = self.pace.record(leave, said, now, self._uniform)
-        if isinstance(said, Accepted):
-            for lease, shipment in self._shipping.items():
-                if lease.key == batch.key:
-                    shipment.testify()
         if isinstance(said, Accepted) and self.keys.accept(batch.key, now, probe=probe):
             if held and not self.keys.own and held.reason != "rejected":  # that was about events
                 self.pace.ease(held.since, now)
