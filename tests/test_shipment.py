@@ -100,12 +100,12 @@ def test_a_few_poison_events_among_many_always_have_a_witness(count: int) -> Non
         assert len(asked) <= 1 + 2 * ceil(log2(count))
 
 
-@pytest.mark.parametrize("every", [2, 3, 4, 8, 11, 20])
-@pytest.mark.parametrize("good", [True, False])
+@pytest.mark.parametrize(
+    ("every", "good"),
+    [*((every, False) for every in (2, 3, 4, 8, 11, 20)), *((every, True) for every in (2, 3, 4, 8, 11))],
+)
 def test_much_poison_evenly_mixed_has_a_witness(every: int, *, good: bool) -> None:
     """A program that breaks each second event, or nine of ten, holds nobody else up: all of it is found."""
-    if good and every > 11:
-        return
     poison = {number for number in range(1000) if (number % every == 0) != good}
     shipment = Shipment(chunks_of([1000]), **generous)
     deliver(shipment, refuse(poison, REJECTED))

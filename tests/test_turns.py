@@ -13,16 +13,14 @@ async def test_users_take_turns() -> None:
     turns, done = Turns(), []
 
     async def step(user: str) -> None:
-        await turns.take(user)
-        done.append(user)
-        turns.give(user)
+        async with turns.step(user):
+            done.append(user)
 
     async with trio.open_nursery() as nursery:
-        await turns.take("first")
-        for user in ["many"] * 10 + ["one"]:
-            nursery.start_soon(step, user)
-            await trio.testing.wait_all_tasks_blocked()
-        turns.give("first")
+        async with turns.step("first"):
+            for user in ["many"] * 10 + ["one"]:
+                nursery.start_soon(step, user)
+                await trio.testing.wait_all_tasks_blocked()
     assert done[:2] == ["many", "one"]
     assert len(done) == 11
 
@@ -35,13 +33,12 @@ async def test_one_at_a_time_and_each_comes_round() -> None:
     async def step(user: int, patience: float) -> None:
         nonlocal at_work, most, done
         with trio.move_on_after(patience):
-            await turns.take(user)
-            at_work += 1
-            most = max(most, at_work)
-            with trio.CancelScope(shield=True):
-                await trio.sleep(0.001)
-            at_work -= 1
-            turns.give(user)
+            async with turns.step(user):
+                at_work += 1
+                most = max(most, at_work)
+                with trio.CancelScope(shield=True):
+                    await trio.sleep(0.001)
+                at_work -= 1
             done += 1
 
     async with trio.open_nursery() as nursery:
@@ -51,5 +48,5 @@ async def test_one_at_a_time_and_each_comes_round() -> None:
     assert 100 <= done < 200
     with trio.fail_after(1):
         for user in range(5):
-            await turns.take(user)
-            turns.give(user)
+            async with turns.step(user):
+                pass

@@ -10,7 +10,7 @@ import pytest
 import trio
 import trio.testing
 from sources import line
-from test_worker import DOOR, Outgoing, delivering, mock_clock, poison
+from test_worker import DOOR, Outgoing, at_once, delivering, jumped, mock_clock, poison
 from trio.testing import MockClock
 
 from agent.clock import Clock
@@ -69,19 +69,6 @@ def numbered(count: int) -> list[bytes]:
 def other(out: Outgoing, joint: str) -> int:
     """One total of events with keys of their own, for whatever reason."""
     return sum(total for entry, total in out.buffer.books().items() if entry[:2] == (joint, "other"))
-
-
-async def at_once(condition: Callable[[], bool]) -> None:
-    """Until it holds, with no wait jumped over."""
-    with trio.fail_after(10):
-        while not condition():
-            await trio.sleep(0.002)
-
-
-async def jumped(out: Outgoing, seconds: float) -> None:
-    """Let so much time pass, in steps in which what is due is done."""
-    end = trio.current_time() + seconds
-    await out.until(lambda: trio.current_time() >= end)
 
 
 @PROTOCOLS

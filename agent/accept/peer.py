@@ -127,18 +127,16 @@ class TlsPeer(PlainPeer):
     async def _agree(self) -> None:
         while not self._agreed:
             await super().ready()
-            await self._turns.take(self._user)
-            try:
+            async with self._turns.step(self._user):
                 self._feed()
-                self._tls.do_handshake()
-                self._agreed = True
-            except ssl.SSLWantReadError:
-                pass
-            except ssl.SSLError:
-                self._write()  # why not, where TLS has a word for it
-                raise
-            finally:
-                self._turns.give(self._user)
+                try:
+                    self._tls.do_handshake()
+                    self._agreed = True
+                except ssl.SSLWantReadError:
+                    pass
+                except ssl.SSLError:
+                    self._write()  # why not, where TLS has a word for it
+                    raise
             # What TLS 1.3 has left to say is session tickets, which go before the first answer: a client that
             # asks for none, and goes without reading them, would reset the connection.
             if not (self._agreed and self._tls.version() == "TLSv1.3"):

@@ -1,6 +1,8 @@
 """Steps that hold the loop for a moment, one at a time, the next user's after each."""
 
 from collections import defaultdict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import trio
 
@@ -12,23 +14,13 @@ class Turns:
         self._one = trio.StrictFIFOLock()
         self._of: defaultdict[object, trio.StrictFIFOLock] = defaultdict(trio.StrictFIFOLock)
 
-    async def take(self, user: object) -> None:
-        """Return when it is a user's turn; the same task `give`s it back."""
+    @asynccontextmanager
+    async def step(self, user: object) -> AsyncIterator[None]:
+        """A block for one step of a user's, which comes when it is his turn."""
         own = self._of[user]
-        await own.acquire()
         try:
-            await self._one.acquire()
-        except BaseException:
-            self._leave(user)
-            raise
-
-    def give(self, user: object) -> None:
-        """It is others' turn."""
-        self._one.release()
-        self._leave(user)
-
-    def _leave(self, user: object) -> None:
-        own = self._of[user]
-        own.release()
-        if not own.locked():  # users come and go
-            del self._of[user]
+            async with own, self._one:
+                yield
+        finally:
+            if not own.locked():  # users come and go
+                self._of.pop(user, None)

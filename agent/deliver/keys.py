@@ -52,16 +52,6 @@ class _Held:
         self.unwitnessed = 0
 
 
-class _Worked:
-    """A key that worked: when last, and how many shipments found no witness since."""
-
-    __slots__ = ("at", "missed")
-
-    def __init__(self, at: float) -> None:
-        self.at = at
-        self.missed = 0
-
-
 class _AllBut(Container[Key]):
     """All clients' keys but the open ones, and these."""
 
@@ -104,8 +94,8 @@ class Keys:
     def __init__(self, cooldown: float) -> None:
         self._cooldown = cooldown
         self._held: dict[Key, _Held] = {}
-        self._worked: dict[Key, _Worked] = {}
-        self._missed: set[Key] = set()  # that worked, and then found no witness
+        self._worked: dict[Key, float] = {}  # when last
+        self._missed: dict[Key, int] = {}  # so many shipments found no witness since
         self._probed_at = self._next_turn = -inf  # of clients' keys
 
     @property
@@ -165,7 +155,7 @@ class Keys:
 
     def need_company(self, now: float) -> bool:
         """Whether a key may be leased whose last shipment found no witness."""
-        return bool(self._missed) or any(
+        return any(key not in self._held for key in self._missed) or any(
             held.unwitnessed and not held.asked and self._due_at(key) <= now
             for key, held in self._held.items()
         )
@@ -199,13 +189,10 @@ class Keys:
                 return False
             del self._held[key]
         news = news or (key is not None and key not in self._worked)
-        self._worked.pop(key, None)
-        self._worked[key] = _Worked(now)
-        self._missed.discard(key)
+        self._forget(key)
+        self._worked[key] = now
         if len(self._worked) > MOST_WORKED:
-            oldest = next(iter(self._worked))
-            del self._worked[oldest]
-            self._missed.discard(oldest)
+            self._forget(next(iter(self._worked)))
         return news
 
     def miss(self, key: Key, now: float) -> bool:
@@ -213,19 +200,16 @@ class Keys:
 
         Not where the key has just worked, and the events of one program may all be bad: others do not wait.
         """
-        worked = self._worked.get(key)
-        if worked is None or now - worked.at > self._cooldown:
+        if now - self._worked.get(key, -inf) > self._cooldown:
             return True
-        worked.missed += 1
-        self._missed.add(key)
-        return worked.missed >= MOST_MISSED
+        self._missed[key] = self._missed.get(key, 0) + 1
+        return self._missed[key] >= MOST_MISSED
 
     def hold(self, key: Key, reason: Held, why: str, now: float, uniform: Uniform) -> None:
         """Hold a key's events, or go on holding them; a reason that stays keeps its `since`.
 
         `why` is kept of the project's own only: what is said of another key may name it.
         """
-        self._missed.discard(key)
         held = self._held.get(key)
         probe_at = now + silence(reason, self._cooldown, uniform)
         if held is None:
@@ -239,10 +223,15 @@ class Keys:
         """A key that did not work is forgotten as one that did, and the one that is due first as held."""
         if key is None:
             return
-        self._worked.pop(key, None)
+        self._forget(key)
         if self._is_full:
             first = min((key for key in self._held if key is not None), key=self._probe_at)
             del self._held[first]
+
+    def _forget(self, key: Key) -> None:
+        """That it worked, and what became of it since."""
+        self._worked.pop(key, None)
+        self._missed.pop(key, None)
 
     @property
     def _is_full(self) -> bool:
