@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LOCKED = ROOT / "packaging/requirements.txt"
+LOCKED = ROOT / "config/packaging/requirements.txt"
 UV = Path(sys.executable).parent / "uv"
 # What uv says where it cannot ask the database of known holes (OSV), or does not get its answer.
 NO_ANSWER = ("error sending request", "dns error", "failed to fetch", "timed out", "client error")

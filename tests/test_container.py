@@ -16,7 +16,7 @@ from processes import run as command
 from roots import debian, entered, needs, needs_root, run
 
 ROOT = Path(__file__).parents[1]
-PACKAGING = ROOT / "packaging"
+PACKAGING = ROOT / "config/packaging"
 CONTAINERFILE = PACKAGING / "Containerfile"
 LOCKED = PACKAGING / "requirements.txt"
 NOBODY = 65534

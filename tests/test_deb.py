@@ -19,7 +19,7 @@ from roots import Entered, booted, debian, entered, needs, needs_root, run
 from agent import __version__
 
 ROOT = Path(__file__).parents[1]
-DEB = ROOT / "packaging/deb"
+DEB = ROOT / "config/packaging/deb"
 PYTHON = "/usr/bin/python3"
 NEXT = "9.0.0"
 
@@ -35,7 +35,7 @@ pytestmark = can_build
 
 def build(source: Path, folder: Path) -> Path:
     """The package of that tree, by the command of the README."""
-    return Path(run(str(source / "packaging/deb/build"), str(folder)).strip())
+    return Path(run(str(source / "config/packaging/deb/build"), str(folder)).strip())
 
 
 @pytest.fixture(scope="module")

@@ -58,8 +58,8 @@ def test_the_sdist_has_all_that_a_packager_needs(dist: Path) -> None:
     (sdist,) = dist.glob("*.tar.gz")
     with tarfile.open(sdist) as file:
         names = {name.split("/", 1)[1] for name in file.getnames()}
-        build = file.getmember(f"capture_agent-{__version__}/packaging/deb/build")
-    needed = of_tree("agent", "config", "packaging", "systemd", "tests")
+        build = file.getmember(f"capture_agent-{__version__}/config/packaging/deb/build")
+    needed = of_tree("agent", "config", "systemd", "tests")
     assert needed <= names
     assert {"pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE"} <= names
     assert build.mode & 0o111
