@@ -85,7 +85,7 @@ def origins(taken: Taken) -> list[Origin | None]:
         found.append(read.origin)
         return offer(read, **how)
 
-    taken.source.putter.offer = noting  # type: ignore[method-assign]  # a window, not another putter
+    taken.source.putter.offer = noting  # type: ignore[method-assign, assignment]  # a window, not another putter
     return found
 
 

@@ -78,7 +78,7 @@ class Supervisor:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
         for _, sock in self._named:
             sock.close()
         if self._told is not None:

@@ -148,8 +148,7 @@ async def test_the_oldest_is_as_old_as_its_boots_clock_says(opened: Opener) -> N
     async with opened() as buffer:
         assert buffer.stats().oldest is None
         now = Clock().now()
-        came = {"received_at": 1_000_000, "monotonic": now.monotonic - 5_000_000, "boot": now.boot}
-        await put(buffer, chunk(1, **came))
+        await put(buffer, chunk(1, received_at=1_000_000, monotonic=now.monotonic - 5_000_000, boot=now.boot))
         oldest = buffer.stats().oldest
         assert oldest is not None
         assert 5_000_000 <= Clock().now().wall - oldest < 15_000_000
@@ -387,8 +386,8 @@ async def test_what_is_too_old_is_shed(opened: Opener) -> None:
 async def test_age_is_told_by_the_clock_that_nobody_sets(opened: Opener) -> None:
     """What the wall clock showed when a chunk of this boot came makes it neither old nor young."""
     here = Clock().now()
-    fresh = {"boot": here.boot, "monotonic": here.monotonic}
-    stale = {"boot": here.boot, "monotonic": here.monotonic - 61_000_000}
+    fresh: dict[str, Any] = {"boot": here.boot, "monotonic": here.monotonic}
+    stale: dict[str, Any] = {"boot": here.boot, "monotonic": here.monotonic - 61_000_000}
     async with opened(max_age=60.0) as buffer:
         await put(
             buffer,
@@ -599,7 +598,7 @@ async def test_what_is_left_of_a_chunk_keeps_its_own_place(opened: Opener) -> No
     """A replayed event has its old chunk's times, but neither takes the other's place."""
     async with opened() as buffer:
         old = chunk(1, 10)
-        origin = {"received_at": old.received_at, "boot": old.boot, "monotonic": old.monotonic}
+        origin: Any = {"received_at": old.received_at, "boot": old.boot, "monotonic": old.monotonic}
         event = DeadEvent(project="default", event=b"{}", reason="rejected", detail="no", at=1, **origin)
         await bury(buffer, event)
         await put(buffer, old)

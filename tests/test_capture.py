@@ -108,7 +108,7 @@ def test_shapes_and_keys(body: object, key: str, count: int) -> None:
         ({"api_key": "a\0b", "batch": [EVENT]}, 401, "API key is not valid: null_byte"),
     ],
 )
-def test_what_is_refused_as_a_whole(body: object, status: int, text: str) -> None:
+def test_what_is_refused_as_a_whole(body: Any, status: int, text: str) -> None:
     """In PostHog's words."""
     found = asked(body)
     assert isinstance(found, Answer)

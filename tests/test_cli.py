@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -221,7 +222,7 @@ async def test_an_agent_that_hangs_is_told(tmp_path: Path) -> None:
 
 
 async def _hears_nothing(verb: str, config: str) -> None:
-    done = await trio.to_thread.run_sync(run, *verb.split(), "--config", config)
+    done = await trio.to_thread.run_sync(partial(run, *verb.split(), "--config", config))
     wrong, hint = done.stderr.splitlines()
     assert (done.returncode, wrong.endswith("admin.sock does not answer: timed out")) == (1, True), (
         done.stderr

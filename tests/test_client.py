@@ -314,7 +314,8 @@ async def drip(stream: trio.abc.Stream) -> None:
         await trio.sleep(0.05)
 
 
-async def reset(stream: trio.SocketStream) -> None:
+async def reset(stream: trio.abc.Stream) -> None:
+    assert isinstance(stream, trio.SocketStream)
     stream.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
     await stream.aclose()
 
@@ -327,7 +328,7 @@ FAILURES: dict[str, tuple[Serve, str, bool]] = {
     "no answer": (never, "no answer within 0.4 s", True),
     "an answer a byte at a time": (drip, "no answer within 0.4 s", True),
     "closed": (hang_up, "connection closed without an answer", True),
-    "reset": (reset, "connection broken: Connection reset by peer", True),  # type: ignore[dict-item]
+    "reset": (reset, "connection broken: Connection reset by peer", True),
     "not HTTP": (answering(b"220 smtp.example ESMTP\r\n\r\n"), "the answer was not HTTP", False),
     "half a head": (answering(b"HTTP/1.1 200 OK\r\nContent-"), "no answer within 0.4 s", True),
     "two lengths": (

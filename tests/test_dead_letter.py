@@ -98,10 +98,10 @@ async def test_what_was_refused_can_be_looked_at(tmp_path: Path) -> None:
 
 def test_long_names_leave_the_reason_its_room() -> None:
     """A line of the list says why, whatever the event is called."""
-    said = {"at": "2026-11-24T10:00:00.000Z", "received_at": "2026-11-24T10:00:00.000Z", "uuid": UUID}
+    at = "2026-11-24T10:00:00.000Z"
     letter = Letter(
         id=1, project="p", event="e" * 200, distinct_id="d" * 200, reason="rejected", detail="its words",
-        attempts=1, other_key=False, **said,
+        attempts=1, other_key=False, at=at, received_at=at, uuid=UUID,
     )  # fmt: skip
     line = _line(letter)
     assert line.endswith("…: rejected: its words")

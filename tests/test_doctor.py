@@ -81,7 +81,7 @@ async def test_without_an_agent_it_looks_itself(tmp_path: Path) -> None:
         async with running(file) as agent:
             with socket.socket(socket.AF_UNIX) as client:
                 client.connect(agent.stream)
-                client.sendall(line("a") + line("b"))
+                client.sendall(line(1) + line(2))
             await agent.until(accepted=2)
             agent.send(signal.SIGKILL)
             await agent.process.wait()
@@ -199,7 +199,7 @@ async def test_a_hold_is_told_with_its_reason(tmp_path: Path) -> None:
         async with running(file) as agent:
             with socket.socket(socket.AF_UNIX) as client:
                 client.connect(agent.stream)
-                client.sendall(line("a") + b"{}\n")
+                client.sendall(line(1) + b"{}\n")
             with trio.fail_after(20):
                 while not (await agent.status())["projects"][0]["held"]:
                     await trio.sleep(0.05)

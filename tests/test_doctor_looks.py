@@ -259,7 +259,7 @@ DATAGRAM = UnixDatagram(name="in", project="default", path="/x")
     ],
 )
 def test_kernel_limits(
-    tmp_path: Path, source: Any, limits: Any, before: Any, after: Any, level: str, said: str
+    tmp_path: Path, source: Any, limits: tuple[Any, Any], before: Any, after: Any, level: str, said: str
 ) -> None:
     """The kernel's limits against what is configured, and against what comes in."""
     (found,) = kernel.look(config(tmp_path, source), *limits, before, after)

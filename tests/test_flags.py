@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import httpx
 import pytest
@@ -257,7 +257,7 @@ async def test_a_packed_reply_is_passed_on_packed() -> None:
 
 async def test_a_web_page_may_ask_only_where_it_is_allowed() -> None:
     """Without permission PostHog hears of no page, and no page is shown the answer."""
-    cors = {"access_control_allow_origin": "https://shop.example"}
+    cors: dict[str, Any] = {"access_control_allow_origin": "https://shop.example"}
     for origins in ((), ("https://other.example",), ("https://shop.example",), ("*",)):
         async with both(origins=origins) as (posthog, local):
             posthog.says(told(FLAGS, **cors))

@@ -10,7 +10,7 @@ import shutil
 import socket
 import subprocess
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,14 +21,18 @@ import trio
 from processes import Running, configure, running
 from prometheus_client import CollectorRegistry, exposition
 from prometheus_client.metrics_core import Metric
-from prometheus_client.openmetrics.parser import text_string_to_metric_families as read_openmetrics
-from prometheus_client.parser import text_string_to_metric_families as read_text
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_parser
+from prometheus_client.parser import text_string_to_metric_families as text_parser
 from prometheus_client.registry import Collector
 from sources import line
 
 from agent.buffer import Books, Stats
 from agent.metrics import Metrics, Pulled
 from agent.sink import Sink, serving
+
+Parser = Callable[[str], Iterable[Metric]]
+read_text: Parser = text_parser
+read_openmetrics: Parser = openmetrics_parser
 
 FOLDER = Path(__file__).parents[1] / "config" / "monitoring"
 RULES = (FOLDER / "alerts.yml").read_text()

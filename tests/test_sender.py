@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +98,8 @@ async def test_each_sender_is_told_apart(folder: Path) -> None:
         async with trio.open_nursery() as nursery:
             for uid in (None, OTHER):
                 for _ in range(3):
-                    nursery.start_soon(
-                        lambda uid=uid: trio.to_thread.run_sync(
-                            lambda: send(taken, *[line(uid or 0)] * 50, uid=uid)
-                        )
-                    )
+                    one = partial(send, taken, *[line(uid or 0)] * 50, uid=uid)
+                    nursery.start_soon(trio.to_thread.run_sync, one)
         events = await taken.events(300)
         assert {(event["properties"]["$agent_uid"], event["properties"]["n"]) for event in events} == {
             (0, 0),

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from math import ceil, log2
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given
@@ -70,7 +70,7 @@ def everything(shipment: Shipment) -> list[bytes]:
 
 REJECTED = Rejected("cannot parse")
 sizes = st.lists(st.integers(1, 40), min_size=1, max_size=8)
-generous = {"max_events": 10_000, "max_size": 10_000_000}
+generous: dict[str, Any] = {"max_events": 10_000, "max_size": 10_000_000}
 
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=8), st.data())

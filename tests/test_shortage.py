@@ -35,7 +35,7 @@ async def test_the_user_with_most_places_gives_them_up(autojump_clock: trio.test
     await trio.sleep(SILENT_SECONDS)
     shortage.make_room()
     assert not any(one.left for one in hogs)  # it may be a matter of a moment
-    left = []
+    left: list[int] = []
     while len(left) < 3:  # then he has no more than the others
         await trio.sleep(SHORTAGE_SECONDS / 2)
         shortage.make_room()

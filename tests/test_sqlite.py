@@ -453,7 +453,7 @@ async def test_space_is_given_back(tmp_path: Path) -> None:
             await put(buffer, chunk(number, size=LARGE))
         while (lease := await buffer.take(ALL, "default")) is not None:
             await buffer.settle(lease)
-        store = buffer._store  # type: ignore[attr-defined]  # how soon is no promise; that it does is
+        store = buffer._store  # how soon is no promise; that it does is
         pages = store.free_pages
         assert pages > 500
         while store.free_pages:

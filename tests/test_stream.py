@@ -32,7 +32,7 @@ async def client(path: str) -> AsyncIterator[trio.SocketStream]:
         yield connected
 
 
-async def read_lines(connected: trio.SocketStream) -> list[dict[str, object]]:
+async def read_lines(connected: trio.SocketStream) -> list[dict[str, Any]]:
     """Everything that the agent says until it ends the connection."""
     text = b""
     async for some in connected:

@@ -143,8 +143,8 @@ async def test_the_sample_configuration_fits_the_units(tmp_path: Path) -> None:
                 (called,) = settings(name)["FileDescriptorName"]
                 if name == "capture-agent-udp.socket":
                     address = unit.datagram(called, ("127.0.0.1", 0)).getsockname()
-                elif place := settings(name)["ListenDatagram"]:
-                    unit.datagram(called, tmp_path / Path(place[0]).name)
+                elif datagram := settings(name)["ListenDatagram"]:
+                    unit.datagram(called, tmp_path / Path(datagram[0]).name)
                 else:
                     unit.stream(called, tmp_path / Path(settings(name)["ListenStream"][0]).name)
             credential, _ = settings("capture-agent.service")["LoadCredential"][0].split(":")

@@ -5,7 +5,7 @@ import signal
 import socket
 import sqlite3
 import time
-from collections import Counter
+from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
@@ -316,7 +316,7 @@ async def test_metrics_say_what_the_books_say(tmp_path: Path) -> None:
             metrics = await _scrape(agent.folder / "admin.sock")
             for odd in ("application/openmetrics-text; version=x.y.z", "a/b;q=z", ","):
                 assert "events_received" in await _scrape(agent.folder / "admin.sock", odd)
-    samples = Counter[str]()
+    samples = defaultdict[str, float](float)
     for sample in metrics.splitlines():
         if not sample.startswith("#"):
             name, _, value = sample.rpartition(" ")

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import httpx
 import trio
@@ -58,10 +59,9 @@ async def use_sdk(url: str) -> tuple[str, bool]:
     return uuid, flag
 
 
-def http_address(status: dict[str, object]) -> str:
-    sources = status["sources"]
-    assert isinstance(sources, list)
-    return "http://" + next(source["address"] for source in sources if source["kind"] == "http")
+def http_address(status: dict[str, Any]) -> str:
+    address: str = next(source["address"] for source in status["sources"] if source["kind"] == "http")
+    return f"http://{address}"
 
 
 async def test_an_sdk_notices_no_outage(tmp_path: Path) -> None:

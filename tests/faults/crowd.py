@@ -76,7 +76,8 @@ def streamed(client: socket.socket, seconds: float) -> tuple[int, list[float]]:
 
 def posted(address: str, seconds: float) -> tuple[int, list[float]]:
     """The same by requests; what is late counts from when it was to be sent."""
-    client = http.client.HTTPConnection(*json.loads(address), timeout=60)
+    host, port = json.loads(address)
+    client = http.client.HTTPConnection(host, port, timeout=60)
     waits: list[float] = []
     begin = following = time.monotonic()
     while following < begin + seconds:

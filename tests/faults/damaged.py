@@ -14,7 +14,7 @@ import msgspec
 from test_buffer_contract import bury, dead, put, take
 from test_sqlite import opened
 
-from agent.buffer import Limits, leased
+from agent.buffer import Buffer, Limits, leased
 from agent.buffer.file import PAGE_BYTES
 from agent.buffer.log import FRAME, HEADER
 from agent.buffer.pages import Pages
@@ -84,7 +84,7 @@ async def lived(folder: Path) -> Sample:
     owed: dict[str, bytes] = {}
     settled: dict[str, bytes] = {}
 
-    async def put_some(buffer: object, count: int, size: int, pad: int) -> None:
+    async def put_some(buffer: Buffer, count: int, size: int, pad: int) -> None:
         chunks = []
         for number in range(count):
             some = events(chance, size, pad)
@@ -92,7 +92,7 @@ async def lived(folder: Path) -> Sample:
             chunks.append(chunk_of(some, key="phc_others" if number % 20 == 19 else None))
         await put(buffer, *chunks)
 
-    async def settle(buffer: object, count: int) -> None:
+    async def settle(buffer: Buffer, count: int) -> None:
         async with leased(buffer, await take(buffer, Limits(count, 2**30))) as lease:
             for one in lease.chunks:
                 for uuid, event in uuids(events_in(one)).items():

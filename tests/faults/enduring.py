@@ -151,7 +151,7 @@ class Watch:
 
     def most(self, what: str) -> int:
         """The largest of all samples."""
-        return max(getattr(sample, what) for sample in self.samples)
+        return max(int(getattr(sample, what)) for sample in self.samples)
 
     def lives(self) -> list[list[Sample]]:
         """The samples of each life that was long enough to be warm and then judged."""

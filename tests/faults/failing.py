@@ -15,7 +15,7 @@ from trio.testing import MockClock
 from agent import config
 from agent.buffer import Buffer, BufferBroken, leased
 from agent.buffer.sqlite import open_sqlite
-from agent.events import Tally
+from agent.events import Chunk, Tally
 from agent.metrics import Metrics
 
 # Small enough that the log is written back to the database within one story.
@@ -53,7 +53,7 @@ async def found(path: Path) -> set[int]:
         return {one.crc for one in await _all(buffer)}
 
 
-async def _all(buffer: Buffer) -> list[object]:
+async def _all(buffer: Buffer) -> list[Chunk]:
     return list(lease.chunks) if (lease := await buffer.take(ALL, "default")) is not None else []
 
 

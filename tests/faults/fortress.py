@@ -99,6 +99,12 @@ class Fortress(NamedTuple):
     sink: Sink
     tls: ssl.SSLContext
 
+    def url(self, door: str) -> str:
+        """Where requests go."""
+        where = self.doors[door]
+        assert isinstance(where, tuple)
+        return f"http://{where[0]}:{where[1]}"
+
     async def connect(self, door: str) -> trio.SocketStream:
         """A client's connection, in the clear also at the door that wants TLS."""
         where = self.doors[door]
@@ -139,14 +145,13 @@ class Fortress(NamedTuple):
                 await datagram.sendto(good(number + 10), self.doors["unix_datagram"])
             expected |= {number + 10, number + 11}
             async with httpx.AsyncClient(timeout=30) as client:
-                host, port = self.doors["http"]
                 body = {"api_key": "phc_test", "batch": [json.loads(good(number + 20))]}
-                answer = await client.post(f"http://{host}:{port}/batch/", json=body)
+                answer = await client.post(f"{self.url('http')}/batch/", json=body)
                 assert (answer.status_code, answer.json()) == (200, {"status": "Ok"})
                 expected.add(number + 20)
-                host, port = self.doors["pages"]
+                pages = self.url("pages")
                 for path in ("/metrics", "/livez", "/readyz", "/status", "/"):
-                    assert (await client.get(f"http://{host}:{port}{path}")).status_code == 200
+                    assert (await client.get(f"{pages}{path}")).status_code == 200
             while not expected <= {event.properties.get("n") for event in self.sink.events}:
                 # By UDP again and again: behind a flood the kernel drops what comes.
                 with trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagram:

@@ -193,7 +193,7 @@ class Ledger:
 
     # --- what is there -------------------------------------------------------------------------------
 
-    def agree(self, seen: Seen, spared: Container[int]) -> None:
+    def agree(self, seen: Seen, spared: set[int]) -> None:
         """All that was promised holds; `spared` are the rows that no shedding may have touched."""
         self._end_puts()
         there = [number for chunk in seen.rows.values() for number in self.numbers(chunk)]
@@ -241,7 +241,7 @@ class Ledger:
             else:
                 self._book("shed", "app", "full_newest" if self._drops_newest else "shutdown", len(numbers))
 
-    def _see_what_was_shed(self, seen: Seen, there: set[int], spared: Container[int]) -> None:
+    def _see_what_was_shed(self, seen: Seen, there: set[int], spared: set[int]) -> None:
         """The oldest that are not on lease, whole chunks, and only where something may be shed at all."""
         gone = self.at("waiting") - there
         if not gone:

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import trio
@@ -37,8 +37,8 @@ Image = tuple[bytes, ...]
 class Way(NamedTuple):
     """How a buffer is set up; a `tight` one has room for about a dozen chunks."""
 
-    kind: str
-    when_full: str = "block"
+    kind: Literal["sqlite", "memory"]
+    when_full: Literal["block", "drop_oldest", "drop_newest"] = "block"
     max_age: float = 0.0
     tight: bool = True
 
@@ -137,7 +137,7 @@ class Lived:
         for call in calls:
             self.nursery.start_soon(call)
         await self._quiet()
-        if images:
+        if images and self.cut is not None:
             await self._trace(None)
             self.figures["of them within a call"] += 1
             cut, self.cut = self.cut, None

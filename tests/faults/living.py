@@ -9,10 +9,11 @@ import os
 import random
 import sqlite3
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager, closing, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 import msgspec
 import trio
@@ -31,6 +32,8 @@ from agent.pack import crc32
 
 MIB = 2**20
 
+Durability = Literal["full", "normal"]
+
 
 class Life:
     """A buffer in a story. Where an event may be is said before it changes and when that is done.
@@ -38,14 +41,14 @@ class Life:
     `w`: it waits for delivery, `d`: it is a dead letter, `n`: nowhere.
     """
 
-    def __init__(self, path: Path, recording: Path, durability: str, part: str) -> None:
+    def __init__(self, path: Path, recording: Path, durability: Durability, part: str) -> None:
         self.path = path
         self._recording = recording
         self.durability = durability
         self.chance = random.Random(part)  # events of its own for each part of a story
         self.buffer: SqliteBuffer
 
-    def say(self, places: str, some: Iterable[str], known: dict[str, list[object]] | None = None) -> None:
+    def say(self, places: str, some: Iterable[str], known: Mapping[str, Any] | None = None) -> None:
         """Where these events may be from now on."""
         mark(self._recording, {"places": places, "uuids": list(some), "known": known or {}})
 
@@ -270,15 +273,16 @@ STORIES: dict[str, tuple[Callable[[Life], Awaitable[None]], ...]] = {
 
 if __name__ == "__main__":
     _, path, recording, durability, story = sys.argv
+    kept = msgspec.convert(durability, Durability)
     name, _, seed = story.partition(":")
     for number, part in enumerate(STORIES[name]):
         # Each is a process of its own, and this one has loaded what it needs.
         if not (child := os.fork()):
             # The agent waits a second after each failure; here that takes none.
             clock = MockClock(autojump_threshold=0) if part is refusal else None
-            life = Life(Path(path), Path(recording), durability, f"{part.__name__} {number} {seed}")
+            life = Life(Path(path), Path(recording), kept, f"{part.__name__} {number} {seed}")
             trio.run(part, life, clock=clock)
             os._exit(0)
-        _, status = os.waitpid(child, 0)
-        if status:
-            sys.exit(f"{part.__name__}: {status}")
+        failed = os.waitpid(child, 0)[1]
+        if failed:
+            sys.exit(f"{part.__name__}: {failed}")

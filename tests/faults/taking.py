@@ -10,6 +10,7 @@ batch with a poisoned event is a 400.
 """
 
 import contextlib
+import io
 import json
 import re
 import socket
@@ -19,7 +20,7 @@ import threading
 import time
 import zlib
 from collections import Counter
-from typing import BinaryIO
+from typing import Any
 
 NUMBER = re.compile(rb"no-([a-z]+)-(\d+)-")
 POISON = b'"event":"poison"'
@@ -78,12 +79,12 @@ class Taking:
 
     def _talk(self, client: socket.socket) -> None:
         with contextlib.suppress(OSError, ValueError):
-            with client, client.makefile("rb", buffering=262144) as said:
+            with client, io.BufferedReader(client.makefile("rb", buffering=0), 262144) as said:
                 while self._answer(client, said):
                     pass
         self._clients.discard(client)
 
-    def _answer(self, client: socket.socket, said: BinaryIO) -> bool:
+    def _answer(self, client: socket.socket, said: "io.BufferedReader[Any]") -> bool:
         """One request; False where there is no further one."""
         if not said.readline():
             return False

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -302,27 +302,25 @@ def opened_by_nobody(path: Path) -> str:
     return done.stdout.strip() or done.stderr
 
 
-def _owned(path: Path, mode: int, folder_mode: int) -> None:
+def owned(path: Path) -> None:
+    """Give a buffer and its folder to the user nobody."""
     for file in (path, *path.parent.iterdir()):
         os.chown(file, NOBODY, NOBODY)
-        file.chmod(mode)
+        file.chmod(0o600)
     os.chown(path.parent, NOBODY, NOBODY)
-    path.parent.chmod(folder_mode)
+    path.parent.chmod(0o700)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
 @pytest.mark.parametrize(
     ("prepare", "said"),
     [
-        (lambda path: _owned(path, 0o600, 0o700), "open"),
-        (lambda path: path.parent.chmod(0o755), "Permission denied"),
-        (
-            lambda path: (_owned(path, 0o600, 0o700), os.chown(path, 0, 0)),
-            "it is user 0's, and the agent runs as",
-        ),
-        (lambda path: (_owned(path, 0o600, 0o700), path.chmod(0o400)), "chmod u+rw"),
-        (lambda path: (_owned(path, 0o600, 0o700), os.chown(f"{path}-wal", 0, 0)), "chown or chmod"),
-        (lambda path: _owned(path, 0o600, 0o500), "write permission in"),
+        ([owned], "open"),
+        ([lambda path: path.parent.chmod(0o755)], "Permission denied"),
+        ([owned, lambda path: os.chown(path, 0, 0)], "it is user 0's, and the agent runs as"),
+        ([owned, lambda path: path.chmod(0o400)], "chmod u+rw"),
+        ([owned, lambda path: os.chown(f"{path}-wal", 0, 0)], "chown or chmod"),
+        ([owned, lambda path: path.parent.chmod(0o500)], "write permission in"),
     ],
     ids=[
         "its own",
@@ -333,12 +331,13 @@ def _owned(path: Path, mode: int, folder_mode: int) -> None:
         "read-only folder",
     ],
 )
-def test_rights(sample: Sample, prepare: Callable[[Path], object], said: str) -> None:
+def test_rights(sample: Sample, prepare: Sequence[Callable[[Path], None]], said: str) -> None:
     """What the agent's user may not write is told, with what to do; nothing is set aside for it."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         path = laid(sample, Path(folder) / "b", killed=True)
-        prepare(path)
+        for step in prepare:
+            step(path)
         assert said in opened_by_nobody(path)
         assert not kept(path)
 

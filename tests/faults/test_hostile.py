@@ -11,9 +11,10 @@ import resource
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,12 +97,11 @@ async def test_bodies_that_are_bombs(papers: Papers, record_property: Told) -> N
     wrong = []
     async with fortress(papers) as fort:
         before, limiter = fort.descriptors(), trio.CapacityLimiter(4)
-        host, port = fort.doors["http"]
 
         async def attack(client: httpx.AsyncClient, body: Body) -> None:
             headers = {"content-encoding": body.encoding} if body.encoding else {}
             async with limiter:
-                url = f"http://{host}:{port}{body.path}"
+                url = f"{fort.url('http')}{body.path}"
                 answer = await client.post(url, content=body.body, headers=headers)
             if answer.status_code not in body.statuses:
                 wrong.append((body.name, answer.status_code, answer.text[:200]))
@@ -133,7 +133,8 @@ async def drip(fort: Fortress, slow: Slow, opened: Callable[[], None]) -> None:
 async def test_slow_clients(papers: Papers, times: int, seconds: int, record_property: Told) -> None:
     """A byte a second in a line, a handshake, a header, a body, a chunk: meanwhile all others are served."""
     async with fortress(papers) as fort:
-        before, opened = fort.descriptors(), []
+        before = fort.descriptors()
+        opened: list[Slow] = []
         async with trio.open_nursery() as nursery:
             for slow in SLOW * times:
                 nursery.start_soon(drip, fort, slow, partial(opened.append, slow))
@@ -303,10 +304,15 @@ CALLS = {
 }
 
 
-async def beside(
-    fort: Fortress, ca: str, flood: Flood, texts: list[str], seconds: float
-) -> tuple[float, float]:
-    """What a good client waits while texts are poured in, in ms: for 99 of 100 events, and to be let in."""
+class Waits(NamedTuple):
+    """Of a good client, in ms: for 99 of 100 events, and to be let in."""
+
+    p99: float
+    came: float
+
+
+async def beside(fort: Fortress, ca: str, flood: Flood, texts: list[str], seconds: float) -> Waits:
+    """What a good client waits while texts are poured in."""
     uid = "65534" if os.getuid() == 0 else "0"
     where = json.dumps(fort.doors[flood.door])
     async with trio.open_nursery() as nursery:
@@ -316,7 +322,17 @@ async def beside(
         where = json.dumps(fort.doors[flood.beside])
         figures: dict[str, float] = json.loads(await crowd("good", flood.good, where, ca, str(seconds)))
     assert figures["accepted"] > 0  # and all that was sent, else it would not have ended
-    return figures["p99"], figures["came"]
+    return Waits(figures["p99"], figures["came"])
+
+
+async def at_best(
+    look: Callable[[], Awaitable[Waits]], wait: Callable[[Waits], float], bound: float
+) -> Waits:
+    """The least of some tries, until one is within the bound."""
+    tries = [await look()]
+    while min(map(wait, tries)) >= bound and len(tries) < TRIES:
+        tries.append(await look())
+    return min(tries, key=wait)
 
 
 async def test_floods_beside_a_good_client(papers: Papers, record_property: Told) -> None:
@@ -343,12 +359,10 @@ async def test_each_kind_of_flood(papers: Papers, name: str, record_property: To
     async with fortress(papers) as fort:
         before = fort.descriptors()
         for kind, text in FLOODS.items():
-            tries = []
-            while not tries or (min(tries) >= P99_MS and len(tries) < TRIES):
-                p99, _ = await beside(fort, papers.ca, BY_DOOR[name], [text.decode("latin-1")], 4)
-                tries.append(p99)
-            told.append(f"{kind}: p99 {min(tries)} ms")
-            slow += [(kind, tries)] if min(tries) >= P99_MS else []
+            look = partial(beside, fort, papers.ca, BY_DOOR[name], [text.decode("latin-1")], 4)
+            p99, _ = await at_best(look, itemgetter(0), P99_MS)
+            told.append(f"{kind}: p99 {p99} ms")
+            slow += [(kind, p99)] if p99 >= P99_MS else []
         if name in LINGERING:
             await fort.serves(10_000)
             books = (await fort.agent.status())["books"]
@@ -372,10 +386,8 @@ async def test_floods_of_handshakes(
     async with fortress(papers) as fort:
         before = fort.descriptors()
         for name, flood in CALLS.items():
-            tries = [await beside(fort, papers.ca, flood, ["x" * 1000], seconds)]
-            while max(min(tries, key=max)) >= bound and len(tries) < TRIES:
-                tries.append(await beside(fort, papers.ca, flood, ["x" * 1000], seconds))
-            p99, came = min(tries, key=max)
+            look = partial(beside, fort, papers.ca, flood, ["x" * 1000], seconds)
+            p99, came = await at_best(look, max, bound)
             told.append(f"{name}: p99 {p99} ms, let in after {came} ms")
             assert max(p99, came) < bound, name
         await fort.holds(before)
@@ -391,12 +403,11 @@ async def test_bombs_again_and_again(papers: Papers, times: int, record_property
     sizes = []
     async with fortress(papers) as fort:
         before = fort.descriptors()
-        host, port = fort.doors["http"]
         async with httpx.AsyncClient(timeout=60) as client:
             for _ in range(times):
                 for body in kinds:
                     headers = {"content-encoding": body.encoding} if body.encoding else {}
-                    url = f"http://{host}:{port}{body.path}"
+                    url = f"{fort.url('http')}{body.path}"
                     answer = await client.post(url, content=body.body, headers=headers)
                     assert answer.status_code in body.statuses, (body.name, answer.status_code)
                 await exchanged(fort, "http", head)

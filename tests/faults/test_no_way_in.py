@@ -128,7 +128,9 @@ async def test_nothing_on_tcp_changes_anything(
     hidden = [path.replace("{ident:int}", "1") for path in private.keys() - public.keys()]
     assert not disguised or disguised in hidden
     body = '{"ids": [1]}'
-    tries = [(method, path, ()) for path in [*public, *hidden] for method in METHODS]
+    tries: list[tuple[str, str, tuple[str, ...]]] = [
+        (method, path, ()) for path in [*public, *hidden] for method in METHODS
+    ]
     hidden = [disguised] if disguised else hidden
     tries += [
         (method, target, ()) for path in hidden for target in disguises(path) for method in ("GET", "POST")
