@@ -5,12 +5,18 @@ And libraries that stand between a process and its C library (`LD_PRELOAD`).
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+
+def pytest_configure() -> None:
+    """Let tests and what they start hear Ctrl-C: a shell has what it starts in the background ignore it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
@@ -22,11 +28,12 @@ def folder() -> Iterator[Path]:
 
 
 def library(source: str, folder: Path) -> Path:
-    """One of the C files beside this one, built."""
+    """One of the C files in `faults`, built."""
     if shutil.which("cc") is None:
         pytest.skip("no C compiler: apt-get install gcc libc6-dev")
-    built, beside = (folder / source).with_suffix(".so"), Path(__file__).with_name(source)
-    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", str(built), str(beside), "-ldl"], check=True)
+    built = (folder / source).with_suffix(".so")
+    text = Path(__file__).parent / "faults" / source
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", str(built), str(text), "-ldl"], check=True)
     return built
 
 
