@@ -3,10 +3,12 @@
 import json
 import os
 import signal
+import socket
 import sqlite3
 import stat
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -178,6 +180,11 @@ async def test_the_buffer_closes_under_a_copy(tmp_path: Path) -> None:
         Ownership(tmp_path / "b.db").close()  # nobody has the file any more
 
 
+def _bound(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(path))
+
+
 def test_a_backup_never_replaces_a_buffer(tmp_path: Path) -> None:
     """A live database is refused as the copy's place, and a place that cannot be written is told."""
     config = ("--config", str(configure(tmp_path, AWAY)))
@@ -192,6 +199,16 @@ def test_a_backup_never_replaces_a_buffer(tmp_path: Path) -> None:
     refused = run("backup", config[1], *config)
     assert (refused.returncode, Path(config[1]).read_bytes()) == (2, was)
     assert "is no database, and would be lost" in refused.stderr
+    for name, make in (
+        ("pipe", os.mkfifo),
+        ("socket", _bound),
+        ("link", partial(os.symlink, "nowhere")),
+    ):
+        make(tmp_path / name)
+        before = os.lstat(tmp_path / name).st_ino
+        refused = run("backup", str(tmp_path / name), *config)
+        assert (refused.returncode, os.lstat(tmp_path / name).st_ino) == (2, before)
+        assert f"{name}: is no file, and would be lost" in refused.stderr
     nowhere = run("backup", "/no/such/folder/copy.db", *config)
     assert nowhere.returncode == 1
     assert "cannot be written" in nowhere.stderr

@@ -250,7 +250,8 @@ def look_first(path: Path) -> bool:
     ours = False
     # The file alone, as it lies there: its log may be another's.
     uri = f"{path.absolute().as_uri()}?immutable=1"
-    with suppress(sqlite3.Error), closing(sqlite3.connect(uri, uri=True)) as still:
+    # Python raises the second where a damaged name is in the words of the first.
+    with suppress(sqlite3.Error, UnicodeDecodeError), closing(sqlite3.connect(uri, uri=True)) as still:
         if header:
             _refuse_strangers(still, path)
             ours = _tables(still) >= TABLES

@@ -31,6 +31,7 @@ from agent.buffer.reserve import Reserve
 from agent.buffer.rows import COUNT_LANES
 from agent.buffer.stray import go_on
 from agent.buffer.torn import look_behind
+from agent.buffer.unreadable import unreadable_is_damage
 
 BOOKS = "SELECT joint, label, reason, total FROM books"
 # The way to the oldest and to the newest chunk is whole.
@@ -60,7 +61,8 @@ def opened(path: Path, *, max_size: int, full: bool) -> Found:
     why = "a start that carried over was cut off"
     if not unfinished(path).exists():
         try:
-            return _opened(path, max_size=max_size, full=full)
+            with unreadable_is_damage():
+                return _opened(path, max_size=max_size, full=full)
         except sqlite3.Error as error:
             if not is_damage(error):
                 raise

@@ -33,6 +33,7 @@ from agent.buffer.file import (
 from agent.buffer.pages import HEADER_BYTES, Pages
 from agent.buffer.reserve import Reserve
 from agent.buffer.salvage import Salvage, is_ours
+from agent.buffer.unreadable import unreadable_is_damage
 
 log = structlog.get_logger("buffer")
 
@@ -151,7 +152,8 @@ def _begun(new: Path, room: Room) -> sqlite3.Connection:
     with suppress(FileNotFoundError):
         write_anew(kept.log_of(new))
     try:
-        return connect(new, full=True, room=room)
+        with unreadable_is_damage():
+            return connect(new, full=True, room=room)
     except sqlite3.Error as error:
         if not is_damage(error):
             raise

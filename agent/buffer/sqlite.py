@@ -26,6 +26,7 @@ from agent.buffer.rows import Settlement
 from agent.buffer.store import Store
 from agent.buffer.stray import Astray
 from agent.buffer.surplus import Surplus
+from agent.buffer.unreadable import unreadable_is_damage
 from agent.buffer.waiting import Waiting
 from agent.metrics import Metrics
 
@@ -156,7 +157,8 @@ class SqliteBuffer(Desk):
         What was not done is then asked again.
         """
         try:
-            self._do(group, closing=closing)
+            with unreadable_is_damage():
+                self._do(group, closing=closing)
         except sqlite3.Error as error:
             if not is_damage(error) or self._rescued:
                 raise

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -33,7 +34,8 @@ def command(file: str, config_file: str | None, as_json: bool) -> None:
     """Copy the buffer's database to FILE, as it is at one moment, while the agent goes on.
 
     Beside what waits it holds the dead letters and the books. FILE is replaced only when the copy is whole
-    and on disk, and only where it is a database. Of an agent that does not run the file is copied.
+    and on disk, and only where it is a database or empty; a device, a pipe, a socket or a link stays. Of an
+    agent that does not run the file is copied.
     """
     size = 0
     _refuse_the_buffers(file, config_file)
@@ -73,12 +75,19 @@ def _refuse_the_buffers(path: str, config_file: str | None) -> None:
 
 
 def _refuse_what_is_no_copy(path: str) -> None:
-    """Exit 2 where a file of this name is no database and not empty: a configuration, a key."""
-    with suppress(OSError), open(path, "rb") as file:  # what cannot be read is told by who replaces it
-        if (begin := file.read(len(DATABASE))) and begin != DATABASE:
-            click.echo(f"capture-agent: {path}: is no database, and would be lost", err=True)
-            click.echo("  try: another name for the copy", err=True)
-            raise SystemExit(2)
+    """Exit 2 where what has this name is neither a database nor empty: a configuration, a key, a device."""
+    what = ""
+    with suppress(OSError):  # what cannot be read is told by who replaces it
+        if not stat.S_ISREG(os.lstat(path).st_mode):  # a device or a pipe is not even opened
+            what = "is no file"
+        else:
+            with open(path, "rb") as file:
+                begin = file.read(len(DATABASE))
+            what = "is no database" if begin and begin != DATABASE else ""
+    if what:
+        click.echo(f"capture-agent: {path}: {what}, and would be lost", err=True)
+        click.echo("  try: another name for the copy", err=True)
+        raise SystemExit(2)
 
 
 def _configured(config_file: str | None) -> set[str]:

@@ -139,6 +139,8 @@ def _of_pages(path: str) -> Finding:
         with contextlib.closing(sqlite3.connect(uri, uri=True, isolation_level=None)) as connection:
             connection.set_progress_handler(lambda: int(time.monotonic() > until), STEPS)
             return _of_strangers(connection, path) or _of_damage(connection, path)
+    except UnicodeDecodeError:  # Python cannot read SQLite's words, which have a damaged name in them
+        return _damaged(path, "the names in its schema cannot be read")
     except sqlite3.Error as failed:
         code = failed.sqlite_errorcode & 0xFF  # without SQLite's extension of it
         if code == sqlite3.SQLITE_INTERRUPT:

@@ -142,15 +142,15 @@ class Case(NamedTuple):
     silent: bool = False
 
 
-def flip(at: int, count: int = 1, end: str = "") -> Change:
-    """Other bytes at a place in the database or in its log."""
+def flip(at: int, count: int = 1, end: str = "", *, bits: int = 0x55) -> Change:
+    """Other bytes at a place in the database or in its log: each with these bits turned."""
 
     def change(path: Path) -> None:
         with open(f"{path}{end}", "r+b") as file:
             file.seek(at)
             old = file.read(count)
             file.seek(at)
-            file.write(bytes(byte ^ 0x55 for byte in old))
+            file.write(bytes(byte ^ bits for byte in old))
 
     return change
 

@@ -117,7 +117,7 @@ async def flipped(sample: Sample, folder: Path, seed: int) -> int:
     end = LOG if killed and chance.random() < 0.5 else ""
     size = Path(f"{path}{end}").stat().st_size
     for _ in range(chance.choice((1, 1, 2, 5))):
-        flip(chance.randrange(size), chance.choice((1, 1, 8)), end)(path)
+        flip(chance.randrange(size), chance.choice((1, 1, 8)), end, bits=chance.randrange(1, 256))(path)
     # The last commit of a log that is broken is taken for one that a power cut tore.
     lost = await examined(path, sample, Case(f"seed {seed}", lambda _: None, most=None, silent=bool(end)))
     shutil.rmtree(folder)
@@ -133,6 +133,22 @@ async def test_random_flips(
     record_property("told", f"{len(seeds)} flips, {sum(map(bool, lost))} with events lost: {sum(lost)}")
     # Of 2,000 events in 150 pages one byte costs those of a chunk, or none.
     assert sum(lost) / len(seeds) < 0.1 * len(sample.owed)
+
+
+@pytest.mark.parametrize("step", [40, pytest.param(1, marks=pytest.mark.slow)])
+async def test_names_in_the_schema_that_are_no_text(
+    sample: Sample, tmp_path: Path, step: int, record_property: Callable[[str, object], None]
+) -> None:
+    """Nor can Python read then what SQLite says of it: all the same it serves, and all is there."""
+    data = (sample.rest / "buffer.db").read_bytes()
+    begin = data.index(b"CREATE ") // PAGE_BYTES * PAGE_BYTES
+    places = [at for at in range(begin, begin + PAGE_BYTES, step) if data[at]]
+    for number, at in enumerate(places):
+        path = laid(sample, tmp_path / str(number), killed=False)
+        flip(at, bits=0x80)(path)
+        await examined(path, sample, Case(f"schema: {at}", lambda _: None))
+        shutil.rmtree(path.parent)
+    record_property("told", f"{len(places)} bytes of the schema, one at a time: nothing lost")
 
 
 async def young(folder: Path, *, one_page: bool) -> tuple[Path, dict[str, bytes]]:
