@@ -24,11 +24,14 @@ class LaneRows:
         self._last: dict[str, str] = {}  # of each project, the key of its crowd that was found last
 
     def oldest(self, turns: Iterable[tuple[Lane, Queue]], limits: Limits) -> tuple[Lane, list[int]] | None:
-        """The chunks that are next, at least one, and whose they are."""
+        """The chunks that are next, at least one, and whose they are.
+
+        Raises `Damage` where none is found of the events that wait in a lane.
+        """
         for lane, queue in turns:
-            ids = fitting(self._candidates(lane, queue, limits.events), limits)
-            if ids:
+            if ids := fitting(self._candidates(lane, queue, limits.events), limits):
                 return lane, ids
+            raise Damage("chunks are not where their index has them")
         return None
 
     def _candidates(self, lane: Lane, queue: Queue, most: int) -> Iterator[tuple[int, int, int, int]]:

@@ -3,7 +3,7 @@
 import errno
 import sqlite3
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -42,6 +42,8 @@ ENDS = (
 NEWEST_ID = """SELECT max(ifnull((SELECT max(seq) FROM sqlite_sequence), 0),
     ifnull((SELECT max(id) FROM chunk), 0), ifnull((SELECT max(id) FROM dead), 0))"""
 MOST_IDS = 2**62
+# Whose the newest chunk of a lane is by the table itself: a damaged entry of the index is a lane of its own.
+WHOSE = "SELECT project, key FROM chunk NOT INDEXED WHERE id = ?"
 
 
 class Found(NamedTuple):
@@ -55,19 +57,32 @@ class Found(NamedTuple):
     notes: Notes
 
 
-def opened(path: Path, *, max_size: int, full: bool) -> Found:
-    """The database, made if need be. Raises `BufferBroken` or sqlite3.Error where it cannot be used."""
+def opened(path: Path, load: Callable[[Found], None], *, max_size: int, full: bool) -> None:
+    """Open the database, made if need be, and `load` it; after a rescue where either finds it damaged.
+
+    Raises `BufferBroken` or sqlite3.Error where it cannot be used.
+    """
     go_on(path)
     why = "a start that carried over was cut off"
     if not unfinished(path).exists():
         try:
             with unreadable_is_damage():
-                return _opened(path, max_size=max_size, full=full)
+                _load(path, load, _opened(path, max_size=max_size, full=full))
         except sqlite3.Error as error:
             if not is_damage(error):
                 raise
             why = str(error)
-    return reopened(path, why, max_size=max_size, full=full)
+        else:
+            return
+    load(reopened(path, why, max_size=max_size, full=full))
+
+
+def _load(path: Path, load: Callable[[Found], None], found: Found) -> None:
+    try:
+        load(found)
+    except BaseException:
+        close_beside_log(found.connection, path)
+        raise
 
 
 def reopened(
@@ -149,6 +164,8 @@ def _look(connection: sqlite3.Connection, doubt: Doubt, max_size: int) -> Found:
         whole = isinstance(project, str) and isinstance(key, str | None)
         if not whole or not all(isinstance(number, int) for number in numbers):
             raise Damage("the index of the chunks is not what was written")
+        if connection.execute(WHOSE, numbers[1:2]).fetchone() != (project, key):
+            raise Damage("the index of the chunks is not that of their table")
     letters = Letters(connection, max_size)
     if not balance(books, sum(events for *_, events, _ in lanes), letters.count):
         raise Damage("the books do not balance")

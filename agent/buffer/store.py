@@ -55,7 +55,7 @@ class Store:
         self._leases: set[Lease] = set()  # neither settled nor released
         self.ownership = Ownership(path, lock)
         try:
-            self._load(opened(path, max_size=settings.max_size, full=self._full))
+            opened(path, self._load, max_size=settings.max_size, full=self._full)
             crash.point("start.opened")
             self.reserve.hold()
         except BaseException:
@@ -95,7 +95,7 @@ class Store:
         if not self._names.lead_here() and self._names.restore(self.ownership):
             self._connection.close()
             self.reserve.held = False
-            self._load(opened(self.path, max_size=self.max_size, full=self._full))
+            opened(self.path, self._load, max_size=self.max_size, full=self._full)
 
     def rescue(self, why: str) -> None:
         """Go on with what can be read of the database, and with all that is out on lease."""
