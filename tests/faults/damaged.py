@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import shutil
 import sqlite3
 from collections import Counter
@@ -269,6 +270,11 @@ def _of_pages(sample: Sample) -> Iterator[Case]:
         yield Case(f"{kind}: noise", write(at, noise), most=most)
         yield Case(f"{kind}: cut before it", cut(at), most=None)
         yield Case(f"{kind}: cut within it", cut(at + PAGE_BYTES // 3), most=None)
+        if kind == "lane-root":
+            data = (sample.rest / "buffer.db").read_bytes()[at : at + PAGE_BYTES]
+            entries = [found.start() for found in re.finditer(b"default", data)]
+            for number in (0, len(entries) // 2, -1):
+                yield Case(f"{kind}: whose entry {number} is", flip(at + entries[number], 7, bits=0x80))
 
 
 # The fields of a database's header (https://www.sqlite.org/fileformat.html, 1.3).
