@@ -36,10 +36,11 @@ class Names:
         self._connection = connection
         # By the name that SQLite has for it: links are followed, and the log lies where they lead.
         self._log = log_of(Path(connection.execute("PRAGMA database_list").fetchone()[2]))
+        self._place = os.path.realpath(path)
         self._file, self._log_file = _found(path), _found(self._log)
 
     def lead_here(self) -> bool:
-        """Whether they still do: two calls of stat(2). Where nobody can tell, nobody has taken them away."""
+        """Whether they still do: three calls of stat(2). Where nobody can tell, nobody has taken any."""
         try:
             return self._database_is_here() and _found(self._log) == self._log_file is not None
         except OSError:
@@ -64,7 +65,11 @@ class Names:
         return True
 
     def _database_is_here(self) -> bool:
-        return _found(self._path) == self._file is not None
+        return _found(self._path) == self._file is not None and not self._is_linked_elsewhere()
+
+    def _is_linked_elsewhere(self) -> bool:
+        """By such a link the next start finds the file, but looks for its log where that leads."""
+        return self._path.is_symlink() and os.path.realpath(self._path) != self._place
 
     def _begin_log(self) -> None:
         """All that is in the log that lost its name goes into the database, and another log is begun."""
@@ -79,10 +84,13 @@ class Names:
         log.error(text, file=str(self._log), hint=HINT, **_told(aside))
 
     def _copy_back(self) -> None:
-        place = Path(os.path.realpath(self._path))
+        linked = self._is_linked_elsewhere()
+        place = _named(self._path) if linked else Path(os.path.realpath(self._path))
         new = copy_of(place)
         try:
             self._copy_into(new)
+            if linked:  # what it leads to is left alone
+                place.unlink()
             aside = self._clear(place)
         except BaseException:
             new.unlink(missing_ok=True)
@@ -135,6 +143,11 @@ def go_on(path: Path) -> None:
     with suppress(FileNotFoundError):
         os.rename(new, new_name(place) if place.exists() else place)
         sync_folder(place)
+
+
+def _named(path: Path) -> Path:
+    """The file of this name, also where it is a link."""
+    return Path(os.path.realpath(path.parent), path.name)
 
 
 def _found(name: Path) -> tuple[int, int] | None:

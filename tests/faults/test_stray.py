@@ -60,6 +60,20 @@ def move(path: Path) -> None:
     os.rename(path, path.with_name("moved"))
 
 
+def link(path: Path) -> None:
+    """It lies somewhere else now, with a link to it."""
+    path.with_name("elsewhere").mkdir()
+    os.rename(path, path.with_name("elsewhere") / "data")
+    path.symlink_to("elsewhere/data")
+
+
+def link_another(path: Path) -> None:
+    """A link leads to what somebody has somewhere else."""
+    path.with_name("theirs").write_bytes(MINE)
+    path.unlink()
+    path.symlink_to("theirs")
+
+
 # And how many files that are not the buffer's own there are then.
 CHANGES = {
     "database": (remove(""), 0),
@@ -67,6 +81,8 @@ CHANGES = {
     "both": (remove("", LOG), 0),
     "all": (remove("", LOG, ".lock", ".reserve"), 0),
     "moved": (move, 0),
+    "linked": (link, 0),
+    "a link to another": (link_another, 0),
     "a backup": (restore_a_backup, 1),
     "another database": (replace(""), 1),
     "another log": (replace(LOG), 1),
@@ -132,6 +148,7 @@ async def test_files_that_lose_their_names(
     assert change is restore_a_backup or set(aside) <= {MINE}
     assert Path(f"{path}.lock").exists()
     assert not Path(f"{path}.again").exists()
+    assert change is not link_another or path.with_name("theirs").read_bytes() == MINE
 
 
 async def test_an_idle_buffer_looks_too(tmp_path: Path) -> None:
