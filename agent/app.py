@@ -36,7 +36,7 @@ from agent.pulse import Pulse, status_line
 from agent.reload import Anew, Plan, handover_of, planned
 from agent.signals import Waiting
 from agent.status import Reloaded
-from agent.systemd import NOTHING, Passed
+from agent.systemd import NOTHING, Bound, Passed
 from agent.timekeeper import Timekeeper
 from agent.ways_out import try_ways_out
 
@@ -139,7 +139,7 @@ class Agent:
             log.info("reloading")
             await self._notices.reloading()
             try:
-                plan = await planned(self.config, self._passed, self._anew)
+                plan = await planned(self.config, self._passed, self._anew, self._lost)
             except AgentError as error:
                 await self._refuse(error)
                 return
@@ -152,6 +152,10 @@ class Agent:
                 if any(goes_on(source.settings, new) for new in plan.config.sources):
                     source.leave()
             self.stop.set()
+
+    def _lost(self) -> dict[Bound, str]:
+        """Where clients do not find a source, and why."""
+        return {place_of(one.settings): one.unreachable for one in self.sources if one.unreachable}
 
     async def _refuse(self, error: AgentError) -> None:
         """Tell everybody that the new configuration is not used."""

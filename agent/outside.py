@@ -215,6 +215,9 @@ class Outside:
             return f"the agent is {self.state}"
         if self._buffer.trouble:
             return f"the buffer cannot be written: {self._buffer.trouble}"
+        for source in self._sources:
+            if source.unreachable:
+                return f"source {source.settings.name} cannot be reached: {source.unreachable}"
         return "the buffer is full; senders wait" if self._buffer.stats().waiting else ""
 
 

@@ -41,6 +41,9 @@ def page_socket(place: Bound, passed: Passed = NOTHING) -> Iterator[socket.socke
         with sock or bind_address(place.place, socket.SOCK_STREAM) as own:
             yield own
     else:
+        if sock is not None and not os.path.lexists(place.place):  # nobody would find it any more
+            sock.close()
+            sock = None
         sock = take_unix(sock, place.place, socket.SOCK_STREAM, ADMIN_MODE)
         with removed_at_the_end(sock, place.place) as own:
             yield own

@@ -8,7 +8,7 @@ process replaces itself.
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from socket import socket
@@ -19,7 +19,7 @@ import trio
 from agent import AgentError, crash
 from agent.accept.handed import place_of
 from agent.accept.inherit import WANTED
-from agent.accept.sockets import SocketError, dressed
+from agent.accept.sockets import FileGone, SocketError, dressed
 from agent.accept.source import Source, bound
 from agent.config import Config, ConfigError, Text, Unix
 from agent.handover import VARIABLE, Handover, left
@@ -72,8 +72,13 @@ class Plan(NamedTuple):
                 os.unlink(place.place)
 
 
-async def planned(config: Config, passed: Passed, anew: Anew) -> Plan:
-    """Try everything that can fail. Raises `AgentError`, and then nothing has changed."""
+async def planned(
+    config: Config, passed: Passed, anew: Anew, lost: Callable[[], Mapping[Bound, str]]
+) -> Plan:
+    """Try everything that can fail. Raises `AgentError`, and then nothing has changed.
+
+    `lost` tells where clients do not find the agent's socket now, and why.
+    """
     if config.buffer.kind == "memory":
         raise ReloadRefused("the buffer is in memory, and would be lost", "restart the agent instead")
     try:
@@ -90,7 +95,9 @@ async def planned(config: Config, passed: Passed, anew: Anew) -> Plan:
             "stop the agent, move the file (and its -wal, if there is one), and start the agent again",
         )
     try:
-        return Plan(new, text, _open_new(config, new, passed))
+        return Plan(new, text, _open_new(config, new, passed, lost()))
+    except FileGone as error:
+        raise ReloadRefused(str(error), error.hint) from error
     except SocketError as error:
         hint = f"{error.hint}; where this agent itself is in the way, restart it"
         raise ReloadRefused(str(error), hint) from error
@@ -146,7 +153,7 @@ async def _kill(process: trio.Process) -> None:
     process.kill()
 
 
-def _open_new(old: Config, new: Config, passed: Passed) -> list[tuple[Bound, int]]:
+def _open_new(old: Config, new: Config, passed: Passed, lost: Mapping[Bound, str]) -> list[tuple[Bound, int]]:
     """Open what the new configuration has more. Raises `AgentError`."""
     having = [*map(place_of, old.sources), *admin_places(old.admin)]
     with ExitStack() as stack:
@@ -157,6 +164,9 @@ def _open_new(old: Config, new: Config, passed: Passed) -> list[tuple[Bound, int
                 passed.expect(settings.socket, WANTED[type(settings)], f"source {settings.name}")
             elif place in having:
                 having.remove(place)
+                if place in lost:  # what is there is not the agent's to change, nor to hand on
+                    hint = "the agent tries each second to make the file anew: reload again when it has"
+                    raise ReloadRefused(lost[place], hint)
                 if isinstance(settings, Unix):
                     stack.enter_context(dressed(settings.path, settings.mode, settings.group))
             else:

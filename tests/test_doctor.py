@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import sqlite3
@@ -15,6 +16,7 @@ import pytest
 import trio
 from processes import configure, run, running
 from sources import line
+from supervisor import Supervisor
 
 from agent.buffer.file import APPLICATION_ID
 from agent.config import Buffer
@@ -269,18 +271,27 @@ async def _ways_of_nobody(folder: Path, url: str) -> None:
 
 
 async def test_socket_files_that_lead_nowhere_are_told(tmp_path: Path) -> None:
-    """A file that was removed under the running agent, and one that another program put there."""
-    async with serving(Sink()) as url:
-        file = configure(tmp_path, url)
-        async with running(file):
-            (tmp_path / "events.dgram").unlink()
-            (tmp_path / "events.sock").unlink()
-            with socket.socket(socket.AF_UNIX) as other:
-                other.bind(str(tmp_path / "events.sock"))
-            report = await examined(file)
+    """A file that was removed and cannot be made anew, and one in the place of systemd's."""
+    away = tmp_path / "away"
+    away.mkdir()
+    with Supervisor() as unit:
+        unit.stream("s", tmp_path / "events.sock")
+        async with serving(Sink()) as url:
+            file = configure(tmp_path, url)
+            text = file.read_text().replace(f'path = "{tmp_path}/events.sock"', 'socket = "s"')
+            file.write_text(text.replace("events.dgram", "away/events.dgram"))
+            async with unit.running(file):
+                shutil.rmtree(away)
+                (tmp_path / "events.sock").unlink()
+                with socket.socket(socket.AF_UNIX) as other:
+                    other.bind(str(tmp_path / "events.sock"))
+                report = await examined(file)
     said = [what for level, what in report.told("socket") if level == "error"]
     assert "nobody listens on the file" in said[0]
     assert "the file is gone" in said[1]
+    hints = [told["hint"] for told in report.document["findings"] if told["check"] == "socket"]
+    assert "restart its .socket unit" in hints[0]
+    assert "its log says why it cannot" in hints[1]
 
 
 async def test_a_second_agent_is_told(tmp_path: Path) -> None:

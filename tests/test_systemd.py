@@ -223,10 +223,10 @@ def test_a_receive_buffer_is_never_made_smaller(unit: Supervisor) -> None:
     """What ReceiveBuffer= gave stays, where less is configured."""
     sock = unit.datagram("x", LOOPBACK)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 100_000)
-    [(own, granted)] = inherit(udp(socket="x", receive_buffer=50_000), given("x", sock))
+    [(own, granted, _)] = inherit(udp(socket="x", receive_buffer=50_000), given("x", sock))
     with own:
         assert granted == granted_buffer(sock) == 100_000
-    [(own, granted)] = inherit(udp(socket="x", receive_buffer=120_000), given("x", sock))
+    [(own, granted, _)] = inherit(udp(socket="x", receive_buffer=120_000), given("x", sock))
     with own:
         assert granted == granted_buffer(sock) == 120_000
 
@@ -239,7 +239,7 @@ def test_a_receive_buffer_beyond_the_kernels_bound_is_kept(unit: Supervisor) -> 
     sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 2 * bound)
     os.seteuid(65534)
     try:
-        [(own, granted)] = inherit(udp(socket="x", receive_buffer=3 * bound), given("x", sock))
+        [(own, granted, _)] = inherit(udp(socket="x", receive_buffer=3 * bound), given("x", sock))
     finally:
         os.seteuid(0)
     with own:
@@ -249,7 +249,7 @@ def test_a_receive_buffer_beyond_the_kernels_bound_is_kept(unit: Supervisor) -> 
 def test_what_a_tcp_listener_needs_is_set_on_an_inherited_one(unit: Supervisor) -> None:
     """Dead clients are found there too."""
     sock = unit.stream("x", LOOPBACK)
-    with opened(tcp(socket="x"), given("x", sock)) as [(own, _)]:
+    with opened(tcp(socket="x"), given("x", sock)) as [(own, _, _)]:
         assert own.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
         assert own.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60
 

@@ -138,7 +138,7 @@ async def test_dead_clients_are_found_by_the_kernel() -> None:
     async with taking(tcp()) as taken, client(taken.source.address) as sender:
         await sender.send_all(line(1))
         await taken.settled(1)
-        with bound(tcp()) as (listener, _):
+        with bound(tcp()) as (listener, _, _):
             assert listener.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
             with socket.create_connection(listener.getsockname()):
                 listener.setblocking(True)

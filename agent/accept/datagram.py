@@ -25,7 +25,7 @@ DROPS_SECONDS = 1.0
 
 
 class DatagramSource:
-    """A bound datagram socket, read to its end once `stop` is called.
+    """A bound datagram socket, read to its end once `stop` is set.
 
     With `senders` the kernel is asked who sent each datagram, and only `allowed` users may (empty: all).
     """
@@ -58,11 +58,21 @@ class DatagramSource:
         self._cookie = read_cookie(sock)
         self._drops = 0
         self._leaving = False
+        self._replaced = False
+        self._over = trio.Event()
         self.drops_known = self._cookie is not None and read_drops(sock) is not None
 
     def leave(self) -> None:
-        """At the end leave the kernel's queue as it is, for another process."""
+        """At the end leave the kernel's queue as it is, for another process; see `replaced`."""
         self._leaving = True
+
+    def replaced(self) -> None:
+        """Another socket has its file now: it is never left, but read to its end and closed."""
+        self._replaced = True
+
+    def retire(self) -> None:
+        """Have one that was replaced end now."""
+        self._over.set()
 
     async def run(self, stop: trio.Event) -> None:
         """Read until `stop`, then drain the kernel's queue once, or leave it."""
@@ -70,11 +80,22 @@ class DatagramSource:
             nursery.start_soon(self._read)
             if self.drops_known:
                 nursery.start_soon(self._count_drops)
-            await stop.wait()
+            nursery.start_soon(self._end_with, stop)
+            await self._over.wait()
             nursery.cancel_scope.cancel()
+        if self._replaced:
+            self._sock.shutdown(socket.SHUT_RD)  # who sends now is told that it does not arrive
+            while await self._offer_drain():  # also without room: a Unix socket's queue is short
+                pass
         while not self._leaving and await self._offer_drain():
             await self._putter.room()
         await self._count_new_drops()
+        if self._replaced:
+            self._sock.close()
+
+    async def _end_with(self, stop: trio.Event) -> None:
+        await stop.wait()
+        self._over.set()
 
     async def _read(self) -> None:
         while True:

@@ -7,7 +7,7 @@ import socket
 import stat
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,11 +29,64 @@ class SocketError(AgentError):
     """A source's socket cannot be opened."""
 
 
+class FileGone(SocketError):
+    """A socket is there, but not the file by which clients find it."""
+
+
+class SocketFile:
+    """A Unix socket and the file by which clients find it; where that is lost, another socket's: see `give`.
+
+    `trouble` says why there is none now; empty where all is well.
+    """
+
+    def __init__(self, sock: socket.socket, path: str) -> None:
+        self.path = path
+        self.trouble = ""
+        self.give(sock)
+
+    def give(self, sock: socket.socket) -> None:
+        """The file is this socket's, which was bound there a moment ago; the one before is not closed."""
+        self._sock = sock
+        self._made = _inode(self.path)
+
+    def leads_here(self) -> bool:
+        """Whether it is still the file that the socket was bound to, under its name."""
+        # The kernel keeps a bound socket's inode, so that no other file can have its number meanwhile.
+        return self._made is not None and _inode(self.path) == self._made
+
+    def close(self) -> None:
+        """Close the socket and remove its file, if it is still the same one.
+
+        One that was detached meanwhile is somebody else's, and so is its file.
+        """
+        if self._sock.fileno() < 0:
+            return
+        ours = self.leads_here()
+        self._sock.close()
+        if ours:
+            # Somebody else may have removed it, or its folder is no longer ours: nothing to tidy.
+            with suppress(OSError):
+                os.unlink(self.path)
+
+
+def _inode(path: str) -> tuple[int, int] | None:
+    """What a name leads to, links not followed; None where nothing can be seen."""
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 class Opened(NamedTuple):
-    """A socket that is ready to be read, and the receive buffer that the kernel granted (datagrams only)."""
+    """A socket that is ready to be read, and the receive buffer that the kernel granted (datagrams only).
+
+    `file` is its own file's, where it has one that is the agent's to make.
+    """
 
     sock: socket.socket
     granted: int | None
+    file: SocketFile | None = None
 
 
 def bind_unix(path: str, kind: socket.SocketKind, mode: int, group: str = "") -> socket.socket:
@@ -67,11 +120,15 @@ def bind_unix(path: str, kind: socket.SocketKind, mode: int, group: str = "") ->
 def take_unix(
     found: socket.socket | None, path: str, kind: socket.SocketKind, mode: int, group: str = ""
 ) -> socket.socket:
-    """The socket that is bound there already, with that file mode and group; else a new one."""
+    """The socket that is bound there already, with that file mode and group; else a new one.
+
+    One whose file was removed is taken too: what waits in it is read, and the file is made anew.
+    """
     if found is None:
         return bind_unix(path, kind, mode, group)
     try:
-        dress(path, mode, group)
+        with suppress(FileGone):
+            dress(path, mode, group)
     except SocketError:
         found.close()
         raise
@@ -86,9 +143,9 @@ def dress(path: str, mode: int, group: str) -> None:
                 os.chown(name, -1, _group_id(path, group))
             os.chmod(name, mode)
     except FileNotFoundError as error:
-        raise SocketError(
-            f"{path}: somebody removed this socket's file, and nobody can connect any more",
-            "restart the agent, which makes it anew",
+        raise FileGone(
+            f"{path}: somebody removed this socket's file, and nobody can connect now",
+            "the agent makes it anew within a second, or logs why it cannot: reload again then",
         ) from error
     except OSError as error:
         raise _cannot_bind(path, error) from error
@@ -211,20 +268,9 @@ def _cannot_bind(where: str, error: OSError) -> SocketError:
 
 @contextmanager
 def removed_at_the_end(sock: socket.socket, path: str) -> Iterator[socket.socket]:
-    """Close a Unix socket after the block and remove its file, if it is still the same one.
-
-    One that was detached meanwhile is somebody else's, and so is its file.
-    """
-    made = os.lstat(path).st_ino
-    try:
+    """A Unix socket for a block; see `SocketFile.close`."""
+    with closing(SocketFile(sock, path)):
         yield sock
-    finally:
-        if sock.fileno() >= 0:
-            sock.close()
-            # Somebody else may have removed it, or its folder is no longer ours: nothing to tidy.
-            with suppress(OSError):
-                if os.lstat(path).st_ino == made:
-                    os.unlink(path)
 
 
 def ask_buffer(sock: socket.socket, size: int) -> int:

@@ -3,7 +3,7 @@
 import socket
 import ssl
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from math import inf
 
@@ -11,6 +11,7 @@ import structlog
 import trio
 
 from agent import __version__
+from agent.accept.anew import keep
 from agent.accept.datagram import DatagramSource
 from agent.accept.handed import HandedSource, place_of
 from agent.accept.inherit import inherit
@@ -19,7 +20,7 @@ from agent.accept.peer import server_context, stay_awake
 from agent.accept.putter import Putter
 from agent.accept.rates import Rate, Rates
 from agent.accept.sender import Senders
-from agent.accept.sockets import Opened, address_of, ask_buffer, bind_address, removed_at_the_end, take_unix
+from agent.accept.sockets import Opened, SocketFile, address_of, ask_buffer, bind_address, take_unix
 from agent.accept.stream import StreamSource
 from agent.buffer import Buffer
 from agent.clock import Clock, zone
@@ -66,6 +67,7 @@ class Source:
         self.granted = min((opened.granted for opened in sockets if opened.granted is not None), default=None)
         self.address = ", ".join(address_of(opened.sock) for opened in sockets)
         self.putter = Putter(settings.name, door_of(settings, project), buffer, _rates(settings))
+        self._file = next((opened.file for opened in sockets), None)
         senders = _senders(settings)
         syslog = settings.format == "syslog"
         allowed = frozenset(settings.allow_uids) if isinstance(settings, Unix) else frozenset[int]()
@@ -90,19 +92,16 @@ class Source:
             )
             self._readings = [streams]
         else:
-            self._readings = [
-                DatagramSource(
-                    sock,
-                    self.putter,
-                    clock,
-                    max_event=settings.max_event,
-                    granted=granted or 0,
-                    one_line=syslog,
-                    senders=senders,
-                    allowed=allowed,
-                )
-                for sock, granted in sockets
-            ]
+            self._read_datagrams = partial(
+                DatagramSource,
+                putter=self.putter,
+                clock=clock,
+                max_event=settings.max_event,
+                one_line=syslog,
+                senders=senders,
+                allowed=allowed,
+            )
+            self._readings = [self._read_datagrams(one.sock, granted=one.granted or 0) for one in sockets]
 
     @property
     def connections(self) -> int | None:
@@ -136,6 +135,11 @@ class Source:
         return all(isinstance(one, DatagramSource) and one.drops_known for one in self._readings)
 
     @property
+    def unreachable(self) -> str:
+        """Why clients cannot find its socket now; empty where they can."""
+        return "" if self._file is None else self._file.trouble
+
+    @property
     def leaving(self) -> bool:
         """Whether it leaves something; see `leave`."""
         return self._leaving
@@ -160,9 +164,28 @@ class Source:
             async with trio.open_nursery() as reading:
                 for one in self._readings:
                     reading.start_soon(one.run, stop)
+                if self._file is not None and isinstance(self.settings, Unix):
+                    serve = partial(self._serve_beside, reading, stop)
+                    reading.start_soon(keep, self._file, self.settings, serve, stop)
             self.putter.close()
             if self._leaving:
                 self._patience.deadline = trio.current_time() + LEAVE_SECONDS
+
+    def _serve_beside(self, reading: trio.Nursery, stop: trio.Event, new: Opened) -> None:
+        """Serve the socket that has the file now, and the one before for who is connected; no older one."""
+        self._sockets = [new]
+        self.granted = new.granted
+        for one in self._readings:
+            if isinstance(one, StreamSource):
+                one.serve_beside(new.sock)
+                return
+        *older, last = (one for one in self._readings if isinstance(one, DatagramSource))
+        last.replaced()
+        its = self._read_datagrams(new.sock, granted=new.granted or 0)
+        self._readings = [last, its]
+        reading.start_soon(its.run, stop)
+        for one in older:
+            one.retire()
 
     async def _put(self) -> None:
         with self._patience:
@@ -175,7 +198,7 @@ class Source:
         return HandedSource(place=place_of(self.settings), clients=clients, reads=self.putter.left())
 
     def detach(self) -> list[int]:
-        """The descriptors of its sockets, which are no longer its own to close."""
+        """The descriptors of its sockets, which are no longer its own to close; of a file's the newest."""
         return [opened.sock.detach() for opened in self._sockets]
 
 
@@ -267,7 +290,7 @@ def opened(settings: Settings, passed: Passed) -> Iterator[Sequence[Opened]]:
     try_source(settings)
     with ExitStack() as stack:
         sockets = inherit(settings, passed)
-        for sock, granted in sockets:
+        for sock, granted, _ in sockets:
             stack.enter_context(sock)
             if isinstance(settings, Tcp | Http):
                 stay_awake(sock)
@@ -286,11 +309,11 @@ def bound(settings: Settings, passed: Passed = NOTHING) -> Iterator[Opened]:
         match settings:
             case UnixStream(path=path):
                 sock = take_unix(sock, path, socket.SOCK_STREAM, settings.mode, settings.group)
-                yield Opened(stack.enter_context(removed_at_the_end(sock, path)), None)
+                yield Opened(sock, None, stack.enter_context(closing(SocketFile(sock, path))))
             case UnixDatagram(path=path):
                 sock = take_unix(sock, path, socket.SOCK_DGRAM, settings.mode, settings.group)
-                stack.enter_context(removed_at_the_end(sock, path))
-                yield Opened(sock, ask_buffer(sock, settings.receive_buffer))
+                file = stack.enter_context(closing(SocketFile(sock, path)))
+                yield Opened(sock, ask_buffer(sock, settings.receive_buffer), file)
             case Tcp(listen=listen) | Http(listen=listen):
                 sock = stack.enter_context(sock or bind_address(listen, socket.SOCK_STREAM))
                 stay_awake(sock)

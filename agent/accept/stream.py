@@ -53,6 +53,8 @@ class StreamSource:
         handed: Sequence[HandedClient] = (),
     ) -> None:
         self._listeners = listeners
+        self._old: socket.socket | None = None
+        self._scopes: dict[socket.socket, trio.CancelScope] = {}
         self._handed = handed
         self.putter = putter
         self.clock = clock
@@ -79,29 +81,53 @@ class StreamSource:
         """At the end leave connections as they are, for another process; see `handed`."""
         self._leaving = True
 
+    def serve_beside(self, listener: socket.socket) -> None:
+        """Serve the listener that has the only one's file now, while it runs.
+
+        The one before is served on, for who has another name of it (a container's mount); only the last one.
+        """
+        if self._old is not None:
+            self._close(self._old)
+        [self._old], self._listeners = self._listeners, [listener]
+        self._accepting.start_soon(self._accept, listener)
+
     def handed(self) -> list[HandedClient]:
         """The connections that were left, once nothing more is put."""
         return [connection.handed(descriptor) for connection, descriptor in self._left]
 
     async def run(self, stop: trio.Event) -> None:
         """Serve connections until `stop`; then read each to its end, or leave it."""
-        async with trio.open_nursery() as serving:
+        async with trio.open_nursery() as self._serving:
             for client in self._handed:
                 sock = trio.socket.from_stdlib_socket(socket.socket(fileno=client.descriptor))
                 placed = self._try_place()
-                serving.start_soon(partial(self._serve, sock, client, placed=placed))
-            async with trio.open_nursery() as accepting:
-
-                def start(sock: trio.socket.SocketType) -> None:
-                    serving.start_soon(self._serve, sock)
-
+                self._serving.start_soon(partial(self._serve, sock, client, placed=placed))
+            async with trio.open_nursery() as self._accepting:
                 for listener in self._listeners:
-                    accepting.start_soon(accept_all, listener, self._places, start, self.shortage.make_room)
+                    self._accepting.start_soon(self._accept, listener)
                 await stop.wait()
                 self._stopping = True
-                accepting.cancel_scope.cancel()
+                self._accepting.cancel_scope.cancel()
+            if self._old is not None:
+                self._close(self._old)
             for connection in tuple(self.connections):
                 self._end(connection)
+
+    async def _accept(self, listener: socket.socket) -> None:
+        def start(sock: trio.socket.SocketType) -> None:
+            self._serving.start_soon(self._serve, sock)
+
+        with trio.CancelScope() as self._scopes[listener]:
+            await accept_all(listener, self._places, start, self.shortage.make_room)
+
+    def _close(self, old: socket.socket) -> None:
+        """Let nobody come any more, and serve who waits there, also without a place."""
+        self._scopes.pop(old).cancel()
+        old.shutdown(socket.SHUT_RD)
+        with old, suppress(OSError):  # nobody waits any more, or there is no descriptor for who does
+            while True:
+                sock = trio.socket.from_stdlib_socket(old.accept()[0])
+                self._serving.start_soon(partial(self._serve, sock, placed=self._try_place()))
 
     def _end(self, connection: Connection) -> None:
         if self._leaving:

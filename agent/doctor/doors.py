@@ -22,6 +22,7 @@ class Door(NamedTuple):
     path: str
     kind: socket.SocketKind
     allow_uids: Sequence[int]
+    own: bool  # the agent's to make, and not systemd's
 
 
 def doors(config: Config, status: Mapping[str, Any] | None) -> Iterator[Door]:
@@ -32,7 +33,8 @@ def doors(config: Config, status: Mapping[str, Any] | None) -> Iterator[Door]:
             path = told.get(source.name, source.path)
             kind = socket.SOCK_DGRAM if isinstance(source, UnixDatagram) else socket.SOCK_STREAM
             if path.startswith("/"):  # systemd may have opened it elsewhere, or in no file at all
-                yield Door(f"source {source.name} at {path}", path, kind, source.allow_uids)
+                where = f"source {source.name} at {path}"
+                yield Door(where, path, kind, source.allow_uids, own=not source.socket)
 
 
 def groups(config: Config) -> Iterator[Finding]:
@@ -59,12 +61,7 @@ def look(door: Door, who: access.Person | None, *, running: bool, silent: bool) 
         found = os.stat(door.path)
     except FileNotFoundError:
         if running:
-            yield error(
-                CHECK,
-                door.where,
-                "the file is gone, so no client finds it",
-                "restart the agent: it makes it anew",
-            )
+            yield error(CHECK, door.where, "the file is gone, so no client finds it", _made_anew(door))
         return
     except OSError as failed:
         yield _not_seen(door, failed)
@@ -74,8 +71,8 @@ def look(door: Door, who: access.Person | None, *, running: bool, silent: bool) 
         return
     if access.connects(door.path, door.kind) == errno.ECONNREFUSED:
         if running:
-            hint = "restart the agent: another program has taken the file's place"
-            yield error(CHECK, door.where, "nobody listens on the file that clients find", hint)
+            what = "nobody listens on the file that clients find: another program has taken its place"
+            yield error(CHECK, door.where, what, _made_anew(door))
         return
     if not running and not silent:
         yield warning(
@@ -85,6 +82,13 @@ def look(door: Door, who: access.Person | None, *, running: bool, silent: bool) 
             "start the agent; if it then says that another program listens here, stop that one",
         )
     yield _for(door, who, found) if who else _for_anybody(door, found)
+
+
+def _made_anew(door: Door) -> str:
+    """What to do where a running agent's file is lost."""
+    if door.own:
+        return "wait a second: the agent makes it anew, or its log says why it cannot"
+    return "restart its .socket unit (systemctl restart NAME.socket): the file is systemd's to make"
 
 
 def _not_seen(door: Door, failed: OSError) -> Finding:
