@@ -28,7 +28,7 @@ from hypercorn.typing import ConnectionState
 from hypercorn.utils import parse_socket_addr
 
 from agent.guard import Guard
-from agent.places import accept_all
+from agent.places import ROOM_SECONDS, accept_all
 
 # ASGI's own shapes: its messages are dicts whose fields depend on their type.
 Message = MutableMapping[str, Any]
@@ -61,13 +61,14 @@ async def serve(
     max_body: int = 1024 * 1024,
     keep_alive: float = KEEP_ALIVE,
     unread: float = UNREAD_SECONDS,
+    turn: float = TURN_SECONDS,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Answer requests until `shutdown` is set, then give open ones `grace` seconds.
 
-    Beyond `max_connections` clients wait to be accepted, until others end or keep the server waiting. Who
-    takes nothing of an answer for `unread` seconds is left. The sockets stay the caller's, who closes them;
-    they become non-blocking.
+    Beyond `max_connections` clients wait to be accepted, until others end or keep the server waiting for
+    `turn` seconds. Who takes nothing of an answer for `unread` seconds is left. The sockets stay the
+    caller's, who closes them; they become non-blocking.
     """
     config = Config()
     config.errorlog = logging.getLogger("agent.httpd")  # a logger of ours: Hypercorn adds no handler to it
@@ -76,7 +77,7 @@ async def serve(
     config.keep_alive_max_requests = MOST_REQUESTS
     config.h11_max_incomplete_size = MAX_HEAD
     config.include_server_header = False
-    served = _Served(partial(_bounded, app, max_body), config, max_connections, unread)
+    served = _Served(partial(_bounded, app, max_body), config, max_connections, unread, turn)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(served.part_after, shutdown, grace)
         async with trio.open_nursery() as serving:
@@ -85,9 +86,10 @@ async def serve(
                 def start(sock: trio.socket.SocketType) -> None:
                     serving.start_soon(served.connection, sock)
 
+                again = min(turn, ROOM_SECONDS)
                 for sock in sockets:
                     sock.setblocking(False)
-                    accepting.start_soon(accept_all, sock, served.places, start, served.make_room)
+                    accepting.start_soon(accept_all, sock, served.places, start, served.make_room, again)
                 task_status.started()
                 await shutdown.wait()
                 accepting.cancel_scope.cancel()
@@ -102,18 +104,20 @@ class _Served:
     Hypercorn's own `serve` accepts whoever comes, until no descriptor is left, and tells nobody whom.
     """
 
-    def __init__(self, app: App, config: Config, max_connections: int, unread: float) -> None:
+    def __init__(self, app: App, config: Config, max_connections: int, unread: float, turn: float) -> None:
         self.places = trio.Semaphore(max_connections)
         self.context = WorkerContext(None)
         self._app = ASGIWrapper(cast("Any", app))  # whose messages have types of Hypercorn's own
         self._config = config
-        self._unread = unread
+        self._unread, self._turn = unread, turn
         self._guard = Guard("HTTP")
         self._open: dict[_Connection, None] = {}  # in the order in which their turn came to say something
 
     async def connection(self, sock: trio.socket.SocketType) -> None:
         """Serve one client to its end."""
-        connection = _Connection(self._app, self._config, self.context, sock, self._unread, self._requeue)
+        connection = _Connection(
+            self._app, self._config, self.context, sock, self._unread, self._turn, self._requeue
+        )
         self._open[connection] = None
         try:
             with sock:
@@ -160,11 +164,13 @@ class _Connection(TCPServer):
         context: WorkerContext,
         sock: trio.socket.SocketType,
         unread: float,
+        patience: float,
         answered: Callable[["_Connection"], None],
     ) -> None:
         stream: Any = trio.SocketStream(sock)  # Hypercorn's annotation knows those of TLS only
         super().__init__(app, config, context, ConnectionState({}), stream)
         self._unread = unread
+        self._patience = patience
         self._answered = answered
         self._came = self._turn = trio.current_time()  # and since when it is the client's turn, if it is
         self._http: _Http11 | None = None
@@ -176,13 +182,13 @@ class _Connection(TCPServer):
 
         Who asks on and on before he is answered has had his turn: no SDK, browser or scraper does so.
         """
-        since = self._came if self._asks_on else self._turn
-        if trio.current_time() < since + TURN_SECONDS:
-            return False
+        now = trio.current_time()
         if self._asks_on:
-            return True
-        if self._blocked:
-            return self._unread < inf
+            return now >= self._came + self._patience
+        if self._blocked:  # an answer takes its time
+            return self._unread < inf and now >= self._turn + TURN_SECONDS
+        if now < self._turn + self._patience:
+            return False
         return self._http is None or self._http.connection.their_state in (h11.IDLE, h11.SEND_BODY)
 
     @property

@@ -33,6 +33,8 @@ log = structlog.get_logger("agent")
 VIEWERS = 16
 # An idle viewer's place is soon another's; Prometheus comes back each 15 s or more, and reconnects.
 VIEWER_SECONDS = 15.0
+# And where all places are taken, at once: who waited for one has said long since what he wants.
+VIEWERS_TURN_SECONDS = 0.05
 
 # Before a reload requests that are under way have so long to be answered, as they would else be sent again;
 # an answer takes a second at most where PostHog is well.
@@ -236,5 +238,6 @@ async def _serve(
         max_connections=VIEWERS,
         keep_alive=VIEWER_SECONDS,
         unread=unread,
+        turn=VIEWERS_TURN_SECONDS,
         task_status=task_status,
     )

@@ -1,6 +1,7 @@
 """The status document: what a person or a script is told about a running agent, as JSON-able values."""
 
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -130,7 +131,7 @@ def _project(delivery: Delivery, books: Books, monotonic: float, *, private: boo
         "held": hold
         and {
             "reason": hold.reason,
-            "why": hold.why if private or hold.reason != "rejected" else "",
+            "why": hold.why if private else _status_in(hold.why),
             "since_seconds": round(monotonic - hold.since, 3),
             "next_probe_seconds": _until(hold.probe_at, monotonic),
         },
@@ -153,6 +154,12 @@ def _project(delivery: Delivery, books: Books, monotonic: float, *, private: boo
         "requests": _by_status(delivery.courier.statuses),
         "last_error": {"text": trouble.text, "at": format_time(trouble.at)} if trouble and private else None,
     }
+
+
+def _status_in(why: str) -> str:
+    """What everybody may be told of an answer: its words may be what was sent."""
+    found = re.match(r"HTTP \d+", why)
+    return found.group() if found else ""
 
 
 def _until(moment: float, now: float) -> float:

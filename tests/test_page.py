@@ -18,17 +18,19 @@ from trio.testing import MockClock
 
 from agent import config as settings
 from agent import page
+from agent.admin import PAGES_A_SECOND, Paced
 from agent.buffer import Books, Entry, Stats
 from agent.buffer.memory import open_memory
 from agent.clock import Clock
 from agent.deliver.pace import Held
 from agent.events import Instant
+from agent.httpd import Message, Receive, Send
 from agent.metrics import DEAD_REASONS, Metrics
 from agent.outside import Outside
 from agent.page.concerns import concerns
 from agent.page.figures import MEAN, figures
 from agent.page.history import EVERY_SECONDS, MOST_SAMPLES, History, sample
-from agent.sink import Sink, serving
+from agent.sink import Reply, Sink, serving
 from agent.timekeeper import Timekeeper
 
 # An agent that has nothing to say but what a test changes.
@@ -360,3 +362,42 @@ async def test_the_agent_serves_it(tmp_path: Path) -> None:
                 assert "missing_distinct_id: 1" in shown["parts"]["sources"]
                 assert "All is well." in shown["parts"]["verdict"]
                 Checked((await private.get("/")).text)
+
+
+async def test_words_of_who_answers_are_on_the_socket_only(tmp_path: Path) -> None:
+    """Who says no may repeat what was sent to him: the address tells the status."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    refusal = Reply(401, b'{"detail":"hunter2 is not known here"}')
+    async with serving(Sink(script=lambda _request: refusal)) as url:
+        config = configure(tmp_path, url)
+        config.write_text(config.read_text().replace('listen = ""', f'listen = "{address}"'))
+        async with running(config) as agent:
+            async with await trio.open_unix_socket(agent.stream) as stream:
+                await stream.send_all(b'{"event":"e","distinct_id":"d"}\n')
+            with trio.fail_after(20):
+                while not (status := await agent.status())["projects"][0]["held"]:
+                    await trio.sleep(0.05)
+            assert "hunter2" in status["projects"][0]["held"]["why"]
+            async with httpx.AsyncClient(base_url=f"http://{address}", trust_env=False) as public:
+                told = (await public.get("/status")).json()["projects"][0]
+                assert (told["held"]["reason"], told["held"]["why"]) == ("key", "HTTP 401")
+                for path in ("/", "/status", "/figures", "/metrics"):
+                    assert "hunter2" not in (await public.get(path)).text
+
+
+async def test_pages_on_the_address_are_paced(autojump_clock: MockClock) -> None:
+    """Whoever asks on and on gets so many a second, and each in his turn."""
+    asked: list[float] = []
+
+    async def app(_scope: Message, _receive: Receive, _send: Send) -> None:
+        asked.append(trio.current_time())
+
+    async def nothing(*_: object) -> Any:
+        raise AssertionError("nobody reads or writes")
+
+    paced = Paced(app)
+    async with trio.open_nursery() as nursery:
+        for _ in range(PAGES_A_SECOND + 1):
+            nursery.start_soon(paced, {}, nothing, nothing)
+    assert asked[-1] - asked[0] == pytest.approx(1)

@@ -34,6 +34,7 @@ LONG = pytest.mark.slow
 AT_ONCE = 12
 # What a client that never reads says ten times a second; the kernel keeps some 200 KiB of what it is told.
 UNREAD_BYTES = 512
+CLOSE = {"connection": "close"}
 
 
 @pytest.fixture(autouse=True)
@@ -198,6 +199,23 @@ CROWDS = (
     ("http", b"POST /batch/ HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n" + b" " * 15_000),
     ("pages", b"GET /"),
 )
+
+
+async def test_who_holds_the_pages(papers: Papers, record_property: Told) -> None:
+    """Hundreds who come and say nothing: a probe is answered before it gives up (Kubernetes' at 5 s)."""
+    async with fortress(papers) as fort, AsyncExitStack() as stack:
+        before = fort.descriptors()
+        for _ in range(300):
+            await stack.enter_async_context(await fort.connect("pages"))
+        begun = trio.current_time()
+        async with httpx.AsyncClient(timeout=5) as client:
+            for _ in range(5):
+                assert (await client.get(f"{fort.url('pages')}/livez", headers=CLOSE)).status_code == 200
+        record_property("told", f"five probes in {trio.current_time() - begun:.1f} s")
+        await stack.aclose()
+        await fort.holds(before)
+
+
 # Connects as often as it is told, says what it reads, and is then stopped, as a computer is that is cut off.
 PEER = """
 import os, resource, signal, socket, sys
