@@ -157,6 +157,16 @@ class Reject(NamedTuple):
     lines: int = 1
 
 
+def is_json(event: bytes) -> bool:
+    """Whether it can be read, as UTF-8 and as JSON; a number may be larger than any program holds."""
+    try:
+        event.decode()
+        msgspec.json.decode(event, type=msgspec.Raw)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 def sample(line: bytes) -> str:
     """The beginning of a refused line as printable text, whatever its bytes are."""
     begin = line[:SAMPLE_BYTES]

@@ -13,15 +13,16 @@ from starlette.routing import Route
 
 from agent import crash
 from agent.buffer import LETTERS_PAGE, DeadLetter, DeadLetters
+from agent.events import is_json
 from agent.units import format_time
 
 
 class _Event(msgspec.Struct):
-    """What of an event tells it from others. The door has vouched for it."""
+    """What of an event tells it from others. The door has vouched for it; of a damaged one it is empty."""
 
-    event: str
-    distinct_id: str
-    uuid: str
+    event: str = ""
+    distinct_id: str = ""
+    uuid: str = ""
 
 
 class _Wish(msgspec.Struct):
@@ -64,7 +65,7 @@ def routes(letters: DeadLetters) -> list[Route]:
             return wish
         replayed = await letters.replay(wish.ids)
         crash.point("replay.done")
-        return _json({"done": replayed.letters, "full": replayed.full})
+        return _json({"done": replayed.letters, "full": replayed.full, "damaged": replayed.damaged})
 
     async def purge(request: Request) -> Response:
         try:
@@ -99,7 +100,7 @@ async def _wish(request: Request) -> _Wish | Response:
 
 def _told(letter: DeadLetter, *, full: bool) -> dict[str, Any]:
     """A letter as JSON-able values; its event as it is, only where asked for."""
-    event = _read_event(letter.event)
+    event = _event_of(letter)
     brief: dict[str, Any] = {
         "id": letter.id,
         "uuid": event.uuid,
@@ -109,12 +110,33 @@ def _told(letter: DeadLetter, *, full: bool) -> dict[str, Any]:
         "other_key": letter.key is not None,
         "reason": letter.reason,
         "detail": letter.detail,
-        "at": format_time(letter.at),
-        "received_at": format_time(letter.received_at),
+        "at": _time(letter.at),
+        "received_at": _time(letter.received_at),
         "attempts": letter.attempts + sum(burial.attempts for burial in letter.burials),
+        "damaged": letter.damaged,
     }
-    earlier = [{**burial._asdict(), "at": format_time(burial.at)} for burial in letter.burials]
-    return brief | {"earlier": earlier, "body": msgspec.Raw(letter.event)} if full else brief
+    earlier = [{**burial._asdict(), "at": _time(burial.at)} for burial in letter.burials]
+    return brief | {"earlier": earlier, "body": _body(letter.event)} if full else brief
+
+
+def _event_of(letter: DeadLetter) -> _Event:
+    try:
+        return _read_event(letter.event)
+    except (msgspec.DecodeError, RecursionError):
+        return _Event()
+
+
+def _body(event: bytes) -> object:
+    """The event byte for byte; where nobody can read that, a text with its bytes."""
+    return msgspec.Raw(event) if is_json(event) else event.decode("utf-8", "backslashreplace")
+
+
+def _time(wall: int) -> str:
+    """Empty where no calendar has it, as a damaged letter may say anything."""
+    try:
+        return format_time(wall)
+    except (ValueError, OverflowError, OSError):
+        return ""
 
 
 def _json(document: object) -> Response:

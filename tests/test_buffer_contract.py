@@ -30,6 +30,7 @@ from agent.buffer import (
     Kept,
     Lease,
     Limits,
+    Replayed,
     leased,
 )
 from agent.buffer.dropping import QUIET_SECONDS, Dropping
@@ -475,7 +476,7 @@ async def test_a_replayed_letter_waits_for_delivery_again(opened: Opener) -> Non
         event = b'{"uuid":"u"}'
         await bury(buffer, dead(event=event, key="phc_x", boot="b", monotonic=7, attempts=3), dead())
         ids = [letter.id for letter in await buffer.letters(0, 10)]
-        assert await buffer.replay([ids[0], ids[0], 10**6]) == (1, False)
+        assert await buffer.replay([ids[0], ids[0], 10**6]) == Replayed(1, full=False)
         assert total(buffer, "replayed") == 1
         assert [letter.id for letter in await buffer.letters(0, 10)] == ids[1:]
         lease = await take(buffer)
@@ -485,7 +486,7 @@ async def test_a_replayed_letter_waits_for_delivery_again(opened: Opener) -> Non
         assert again.burials == (Burial(1, "rejected", "no", 3),)
         assert_balanced(buffer)
         await buffer.release(lease)
-        assert await buffer.replay([ids[0]]) == (0, False)
+        assert await buffer.replay([ids[0]]) == Replayed(0, full=False)
 
 
 async def test_what_is_refused_again_returns_with_its_history(opened: Opener) -> None:
@@ -495,7 +496,7 @@ async def test_what_is_refused_again_returns_with_its_history(opened: Opener) ->
         for number in range(MOST_BURIALS + 5):
             (letter,) = await buffer.letters(0, 10)
             assert len(letter.burials) == min(number, MOST_BURIALS)
-            assert await buffer.replay([letter.id]) == (1, False)
+            assert await buffer.replay([letter.id]) == Replayed(1, full=False)
             async with leased(buffer, await take(buffer)) as lease:
                 burials = lease.chunks[0].burials
                 await buffer.settle(lease, dead=[dead(attempts=number, burials=burials)])

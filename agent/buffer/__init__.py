@@ -95,16 +95,24 @@ class DeadEvent(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeadLetter(DeadEvent, frozen=True, kw_only=True):
-    """A dead event in the buffer; ids rise in the order of burial and are never used twice."""
+    """A dead event in the buffer; ids rise in the order of burial and are never used twice.
+
+    One that is `damaged` is not what was buried, and is never sent; what cannot be read of it is empty.
+    """
 
     id: int
+    damaged: bool = False
 
 
 class Replayed(NamedTuple):
-    """How many dead letters wait for delivery again; `full` where the buffer had no room for the others."""
+    """How many dead letters wait for delivery again; `full` where the buffer had no room for the others.
+
+    `damaged` are those that are not what was buried: they stay where they are.
+    """
 
     letters: int
     full: bool
+    damaged: tuple[int, ...] = ()
 
 
 class LettersKept(NamedTuple):
@@ -268,7 +276,10 @@ class DeadLetters(Protocol):
         """One of them."""
 
     async def replay(self, ids: Sequence[int]) -> Replayed:
-        """Let these wait for delivery again, as they were: same uuid, same time. Unknown ids are skipped."""
+        """Let these wait for delivery again, as they were: same uuid, same time.
+
+        Unknown ids are skipped.
+        """
 
     async def purge(self, ids: Sequence[int]) -> int:
         """Forget these for good; how many of them there were."""

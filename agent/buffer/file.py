@@ -15,11 +15,11 @@ from agent.buffer import BufferBroken, BufferBusy, evidence
 
 # "PHca" in ASCII: tells our databases from every other program's (SQLite's application_id).
 APPLICATION_ID = 0x50486361
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 # What `schema` applies, by the record that sqlite-utils keeps: what else is there, a newer agent did.
 MIGRATIONS = {
     "first_tables", "what_an_event_went_through", "what_sockets_dropped", "how_a_chunk_was",
-    "how_large_a_dead_event_is",
+    "how_large_a_dead_event_is", "how_a_dead_event_was",
 }  # fmt: skip
 # How a database begins (https://www.sqlite.org/fileformat.html, 1.3).
 MAGIC = b"SQLite format 3\0"

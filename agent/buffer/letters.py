@@ -2,18 +2,21 @@
 
 import sqlite3
 from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
 
 import msgspec
 
 from agent.buffer import LETTERS_BYTES, PURGED_AT_ONCE, PURGED_BYTES, DeadEvent, DeadLetter, Entry
 from agent.buffer.file import Damage
 from agent.buffer.rows import Change, read_burials, told_burials
-from agent.events import label_of
+from agent.events import is_json, label_of
+from agent.pack import crc32
 
 INSERT = """INSERT INTO dead
     (id, project, key, event, reason, detail, at, received_at, boot, monotonic, marks, attempts, burials,
-    size)
-    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+    size, seal)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
 # From an index; those of versions before 5 have no size in it.
 COUNT = """SELECT count(*), ifnull(sum(size), 0)
     + (SELECT ifnull(sum(length(event)), 0) FROM dead WHERE size IS NULL),
@@ -22,7 +25,7 @@ COUNT = """SELECT count(*), ifnull(sum(size), 0)
 OLDEST_UPTO = "SELECT id, project, key, ifnull(length(event), 0) FROM dead WHERE id <= ? ORDER BY id LIMIT ?"
 OLDEST = "SELECT id, ifnull(length(event), 0) FROM dead ORDER BY id LIMIT 1"
 SELECT = """SELECT id, project, key, CAST(event AS BLOB), reason, detail, at, received_at, boot,
-    monotonic, marks, attempts, burials FROM dead"""
+    monotonic, marks, attempts, burials, size, seal FROM dead"""
 
 # Dead letters take at most this part of the bound; the oldest go first.
 DEAD_SHARE = 10
@@ -51,7 +54,8 @@ class Letters:
 
     def bury(self, dead: DeadEvent, change: Change) -> None:
         """Keep a dead event, and let the oldest letters go where they take too much."""
-        change.newest_letter = self._connection.execute(INSERT, (None, *row_of_letter(dead))).lastrowid or 0
+        row = row_of_letter(dead, seal_of_letter(dead))
+        change.newest_letter = self._connection.execute(INSERT, (None, *row)).lastrowid or 0
         change.dead_letters += 1
         change.dead_bytes += len(dead.event)
         while self._bytes + change.dead_bytes > self._most_bytes:
@@ -73,10 +77,9 @@ class Letters:
         for ident, project, key, length in rows:
             if letters and size + length > PURGED_BYTES:
                 break
-            if not isinstance(project, str):
-                raise Damage("a dead letter is not what was written")
             letters, last, size = letters + 1, ident, size + length
-            change.books[Entry("purged", label_of(project, key), "")] += 1
+            named = project if isinstance(project, str) else ""  # of a damaged one
+            change.books[Entry("purged", label_of(named, key), "")] += 1
         self._connection.execute("DELETE FROM dead WHERE id <= ?", (last,))
         change.dead_letters -= letters
         change.dead_bytes -= size
@@ -109,25 +112,61 @@ class Letters:
             found += [_letter(row)] if row else []
         return found
 
+    def told_apart(self, ids: Sequence[int]) -> tuple[list[DeadLetter], tuple[int, ...]]:
+        """Those of the letters that are what was buried, and the ids of those that are not."""
+        found = self.of_ids(ids)
+        damaged = tuple(letter.id for letter in found if letter.damaged)
+        return [letter for letter in found if not letter.damaged], damaged
 
-def row_of_letter(dead: DeadEvent) -> tuple[object, ...]:
-    """What `INSERT` is given after the id."""
+
+def row_of_letter(dead: DeadEvent, seal: object) -> tuple[object, ...]:
+    """What `INSERT` is given after the id; a row that is carried over keeps the seal that it had."""
     return (
         dead.project, dead.key, dead.event, dead.reason, dead.detail, dead.at, dead.received_at, dead.boot,
-        dead.monotonic, dead.marks, dead.attempts, told_burials(dead.burials), len(dead.event),
+        dead.monotonic, dead.marks, dead.attempts, told_burials(dead.burials), len(dead.event), seal,
     )  # fmt: skip
 
 
+def seal_of_letter(dead: DeadEvent) -> int:
+    """A CRC-32 of all that a dead event is, as `rows.seal_of` is a chunk's: its size is the event's."""
+    fields = (
+        dead.project, dead.key, dead.reason, dead.detail, dead.at, dead.received_at, dead.boot,
+        dead.monotonic, dead.marks, dead.attempts, dead.burials,
+    )  # fmt: skip
+    return crc32(dead.event, crc32(msgspec.json.encode(fields)))
+
+
 def _letter(row: Sequence[object]) -> DeadLetter:
-    """A row as `SELECT` names it. Raises `Damage` where it is none that was written."""
+    """A row as `SELECT` names it, whatever it holds: one that is not what was buried is a letter too."""
+    ident, *values, burials, size, seal = row
+    fields = dict(zip(_FIELDS, (*values, burials, ident), strict=True))
     try:
-        fields = dict(zip(DeadLetter.__struct_fields__, _in_order(row), strict=True))
-        return msgspec.convert(fields, DeadLetter)
-    except ValueError as error:
-        raise Damage(f"a dead letter is not what was written: {error}") from error
+        fields["burials"] = read_burials(burials)
+        letter = msgspec.convert(fields, DeadLetter)
+    except ValueError:
+        return _remains(fields)
+    # One of an agent that wrote no seals is taken as it is, if anybody can read it.
+    whole = is_json(letter.event) if seal is None else _is_sealed(letter, size, seal)
+    return letter if whole else msgspec.structs.replace(letter, damaged=True)
 
 
-def _in_order(row: Sequence[object]) -> Sequence[object]:
-    """The columns in the order of the fields, which begin with those that are inherited."""
-    ident, *fields, burials = row
-    return (*fields, read_burials(burials), ident)
+# As the struct has them, which begins with those that are inherited.
+_FIELDS = DeadLetter.__struct_fields__[: DeadLetter.__struct_fields__.index("id") + 1]
+
+
+def _is_sealed(letter: DeadLetter, size: object, seal: object) -> bool:
+    return seal == seal_of_letter(letter) and size == len(letter.event)
+
+
+def _remains(fields: dict[str, object]) -> DeadLetter:
+    """What can be read of a row that is no letter."""
+    remains: dict[str, Any] = {"damaged": True}
+    for field in msgspec.structs.fields(DeadLetter)[: len(_FIELDS)]:
+        with suppress(ValueError):
+            remains[field.name] = msgspec.convert(fields[field.name], field.type)
+    return msgspec.structs.replace(_EMPTY, **remains)
+
+
+_EMPTY = DeadLetter(
+    id=0, project="", event=b"", reason="", detail="", at=0, received_at=0, attempts=0, damaged=True
+)

@@ -13,7 +13,7 @@ from agent.buffer.letters import INSERT as INSERT_LETTER
 from agent.buffer.letters import row_of_letter
 from agent.buffer.pages import Row, Sheet
 from agent.buffer.rows import ENTER, INSERT_CHUNK, chunk_of, read_burials, row_of, seal_of
-from agent.events import Chunk
+from agent.events import Chunk, is_json
 
 JOINTS = {
     "received", "accepted", "rejected", "shed", "truncated", "restamped", "dropped",
@@ -24,7 +24,7 @@ MOST = 2**53
 
 # What the columns hold that were added later, in a row from before (`schema`).
 CHUNK_LATER, CHUNK_FIRST = (3, None, None), 11
-LETTER_LATER, LETTER_FIRST = (3, None, "", 0, None), 9
+LETTER_LATER, LETTER_FIRST = (3, None, "", 0, None, None), 9
 
 SEAL_BY_ID = "SELECT seal FROM chunk WHERE id = ?"
 KEEP_LETTER = INSERT_LETTER.replace("INSERT", "INSERT OR IGNORE", 1)
@@ -46,21 +46,24 @@ def chunk_in(row: Row) -> Chunk | None:
     )
 
 
-def letter_in(row: Row) -> DeadEvent | None:
-    """The dead letter that a row is; it has no seal, but is JSON."""
+def letter_in(row: Row) -> tuple[DeadEvent, object] | None:
+    """The dead letter that a row is, and the seal that it has: one that does not fit it still tells of that.
+
+    A row of an older agent has no seal: it is JSON at least.
+    """
     values = (*row.values, *LETTER_LATER[max(0, len(row.values) - LETTER_FIRST) :])
     if row.id is None or len(values) != LETTER_FIRST + len(LETTER_LATER):
         return None
-    fields: dict[str, object] = dict(zip(_LETTER, values[1:], strict=True))
+    *others, seal = values[1:]
+    fields: dict[str, object] = dict(zip(_LETTER, others, strict=True))
     try:
         event = fields["event"]
         fields["event"] = event.encode() if isinstance(event, str) else event
         fields["burials"] = read_burials(fields["burials"])
         letter = msgspec.convert(fields, DeadEvent)
-        msgspec.json.decode(letter.event)
-    except (ValueError, RecursionError):
+    except ValueError:
         return None
-    return letter
+    return (letter, seal) if seal is not None or is_json(letter.event) else None
 
 
 _LETTER = (
@@ -125,8 +128,9 @@ class Salvage:
                 self._run(KEEP_DROPS if "/" in name else KEEP_CLOCK, (ident, name, number))
             case (int(), "chunk" | "dead" as table, int(newest)) if newest < MOST:
                 self._sequence[table] = max(self._sequence[table], newest)
-            case (int(ident), *_) if 0 < ident < MOST and (letter := letter_in(row)) is not None:
-                self._run(KEEP_LETTER, (ident, *row_of_letter(letter)))
+            case (int(ident), *_) if 0 < ident < MOST and (found := letter_in(row)) is not None:
+                letter, seal = found
+                self._run(KEEP_LETTER, (ident, *row_of_letter(letter, seal)))
                 self.pending += len(letter.event)
 
     def close_books(self, books: Books | None, leases: Iterable[Lease]) -> tuple[int, int]:

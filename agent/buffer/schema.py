@@ -97,8 +97,14 @@ def how_large_a_dead_event_is(db: Database) -> None:
     db.table("dead").create_index(["size"], index_name="dead_size")
 
 
+@migrations()
+def how_a_dead_event_was(db: Database) -> None:
+    """Version 6: a checksum of a dead letter's row, so that none is sent that is not as it was buried."""
+    db.execute("ALTER TABLE dead ADD COLUMN seal INTEGER")
+
+
 # Kept in SQLite's `user_version`, so that a start with nothing to migrate need not load this module.
-VERSION = 5
+VERSION = 6
 
 
 def migrate(connection: sqlite3.Connection) -> None:

@@ -294,16 +294,16 @@ class Store:
     def replay(self, ids: Sequence[int]) -> Replayed:
         """Dead letters become chunks again, as many as there is room for."""
         with self._transaction() as change:
-            letters = self.letters.of_ids(ids)
+            letters, damaged = self.letters.told_apart(ids)
             for number, letter in enumerate(letters):
                 chunk = revived(letter)
                 if self._shedding.free() < len(chunk.packed) + ROW_BYTES:
-                    return Replayed(number, full=True)
+                    return Replayed(number, full=True, damaged=damaged)
                 self.letters.take_out(letter, "replayed", change)
                 crash.point("replay.taken_out")
                 self._insert(chunk, change)
                 crash.point("replay.inserted")
-        return Replayed(len(letters), full=False)
+        return Replayed(len(letters), full=False, damaged=damaged)
 
     def purge(self, ids: Sequence[int]) -> int:
         """Dead letters are forgotten; how many of them there were."""

@@ -7,7 +7,7 @@ import click
 import msgspec
 
 from agent.cli.asking import asked, progress
-from agent.cli.letters import Burial, Letter, Shelf
+from agent.cli.letters import Burial, Done, Letter, Shelf
 from agent.cli.options import config_option, plain
 from agent.cli.output import legible
 
@@ -15,6 +15,10 @@ from agent.cli.output import legible
 WIDTH = 200
 # Of a name or an id, which may take up to 200 characters, so that the reason has room.
 NAME_WIDTH = 40
+# Ids that one line of a terminal has room for.
+MOST_NAMED = 10
+
+DAMAGED = "damaged: not what was written"
 
 
 def _each_once(_ctx: click.Context, _parameter: click.Parameter, ids: Sequence[int]) -> Sequence[int]:
@@ -81,6 +85,9 @@ def show(config_file: str | None, ident: int, as_json: bool) -> None:
         for burial in letter.earlier:
             click.echo(f"{'earlier':<12} {_burial(burial)}")
         click.echo(f"{'refused':<12} {_burial(letter)}")
+        if letter.damaged:
+            forget = f"`capture-agent dead-letter purge {letter.id}` forgets it"
+            click.echo(f"{'damaged':<12} not what was written, so it is never sent; {forget}")
         click.echo(legible(msgspec.json.format(bytes(letter.body), indent=2)))
 
     _with_shelf(config_file, work)
@@ -93,18 +100,23 @@ def show(config_file: str | None, ident: int, as_json: bool) -> None:
 def replay(config_file: str | None, ids: Sequence[int], as_json: bool) -> None:
     """Send dead letters again, as they were (same uuid, same time): these, or without an ID all.
 
-    What is refused again becomes a dead letter again, with its past. Exits 75 where the buffer is full.
+    What is refused again becomes a dead letter again, with its past. One that the disk has damaged is not
+    sent, and stays until it is purged. Exits 75 where the buffer is full.
     """
 
     async def work(letters: Shelf) -> None:
-        found, total, full = await _each(letters, ids, letters.replay)
-        _tell(found, total, "replayed", as_json=as_json)
-        if full:
+        done, total = await _each(letters, ids, letters.replay)
+        _tell(done.done, total, "replayed", as_json=as_json)
+        if done.damaged:
+            _tell_damaged(done.damaged, "not sent")
+        if done.full:
             click.echo("capture-agent: the buffer has no room for the others, which stay", err=True)
             click.echo("  try: again when it has drained", err=True)
             raise SystemExit(75)
-        if ids and found < total:
+        if ids and done.done + len(done.damaged) < total:
             raise _unknown(ids)
+        if ids and done.damaged:
+            raise SystemExit(1)
 
     _with_shelf(config_file, work)
 
@@ -126,7 +138,8 @@ def purge(config_file: str | None, ids: Sequence[int], everything: bool, as_json
                 raise click.UsageError("give the IDs to forget, or --all: there is nobody to ask")
             click.confirm(f"Forget all {count:,} dead letters for good?", abort=True, err=True)
         if ids:
-            found, total, _ = await _each(letters, ids, letters.purge)
+            done, total = await _each(letters, ids, letters.purge)
+            found = done.done
         else:
             found, total = await _purge_all(letters)
         _tell(found, total, "purged", as_json=as_json)
@@ -148,21 +161,32 @@ def export(config_file: str | None, ids: Sequence[int]) -> None:
     Not so where `dead_letter` has `"other_key": true`: such an event came with a project key of its own,
     which is printed nowhere, and `send` would give it to the source's project instead. `replay` sends it with
     its own key, as it was; what has to be mended is for its sender to send again.
+
+    Letters that the disk has damaged are left out; `show` prints what can be read of one.
     """
 
     async def work(letters: Shelf) -> None:
-        missing = []
+        missing, damaged = [], []
         for ident in ids:
             letter = await letters.one(ident)
             if letter is None:
                 missing.append(ident)
+            elif letter.damaged:
+                damaged.append(ident)
             else:
                 click.echo(_exported(letter))
-        if missing:
-            raise _unknown(missing)
         if not ids:
             async for letter in letters.all(full=True):
-                click.echo(_exported(letter))
+                if letter.damaged:
+                    damaged.append(letter.id)
+                else:
+                    click.echo(_exported(letter))
+        if damaged:
+            _tell_damaged(damaged, "left out")
+        if missing:
+            raise _unknown(missing)
+        if ids and damaged:
+            raise SystemExit(1)
 
     _with_shelf(config_file, work)
 
@@ -173,22 +197,22 @@ def _with_shelf(config_file: str | None, work: Callable[[Shelf], Awaitable[None]
 
 
 async def _each(
-    letters: Shelf, ids: Sequence[int], do: Callable[[Sequence[int]], Awaitable[tuple[int, bool]]]
-) -> tuple[int, int, bool]:
-    """Do it to these letters or to all there are: to how many it was done, of how many, and whether full."""
+    letters: Shelf, ids: Sequence[int], do: Callable[[Sequence[int]], Awaitable[Done]]
+) -> tuple[Done, int]:
+    """Do it to these letters or to all there are: what was done, and how many they were."""
     from agent.buffer import LETTERS_AT_ONCE
 
-    found, full = 0, False
+    done = Done(0)
     kept = await letters.kept()
     total = len(ids) if ids else kept.kept
     with progress(total, shown=total > LETTERS_AT_ONCE) as advance:
         async for some in letters.pages(ids, kept.newest):
-            done, full = await do(some)
-            found += done
+            more = await do(some)
+            done = Done(done.done + more.done, more.full, done.damaged + more.damaged)
             advance(len(some))
-            if full:
+            if more.full:
                 break
-    return found, total, full
+    return done, total
 
 
 async def _purge_all(letters: Shelf) -> tuple[int, int]:
@@ -210,6 +234,16 @@ def _tell(found: int, total: int, done: str, *, as_json: bool) -> None:
         click.echo(f"{done} {found:,} of {total:,}")
 
 
+def _tell_damaged(ids: Sequence[int], what: str) -> None:
+    """Which stay where they are, and how to be rid of them."""
+    few = len(ids) <= MOST_NAMED
+    named = " ".join(map(str, ids[:MOST_NAMED]))
+    many = f"{len(ids):,} letters are" if len(ids) > 1 else "1 letter is"
+    which = named if few else f"{named} ..."
+    click.echo(f"capture-agent: {many} damaged (not what was written), {what}, and kept: {which}", err=True)
+    click.echo(f"  try: capture-agent dead-letter purge {named if few else 'ID...'}", err=True)
+
+
 def _unknown(ids: Sequence[int]) -> SystemExit:
     named = ", ".join(map(str, ids))
     click.echo(f"capture-agent: not every one of these is a dead letter: {named}", err=True)
@@ -218,8 +252,9 @@ def _unknown(ids: Sequence[int]) -> SystemExit:
 
 
 def _line(letter: Letter) -> str:
-    who = f"{_short(letter.event)} of {_short(letter.distinct_id)}"
-    what = f"{who}: {letter.reason}: {letter.detail}"
+    why = DAMAGED if letter.damaged else f"{letter.reason}: {letter.detail}"
+    readable = letter.event or letter.distinct_id
+    what = f"{_short(letter.event)} of {_short(letter.distinct_id)}: {why}" if readable else why
     line = plain(f"{letter.id:>7}  {letter.at}  {_owner(letter)}  {what}")
     return _short(line, WIDTH)
 

@@ -22,6 +22,7 @@ class Letter(Burial, kw_only=True, omit_defaults=True):
     """What `agent/letters.py` tells of one; `body` is the event byte for byte, where it was asked for.
 
     With `other_key` it is not of the project whose name is told, which its events only share the host with.
+    One that is `damaged` is not what was buried; a body that is no JSON any more is a text with its bytes.
     """
 
     id: int
@@ -31,6 +32,8 @@ class Letter(Burial, kw_only=True, omit_defaults=True):
     project: str
     other_key: bool
     received_at: str
+    # By a factory, as that is told also where it is false; and an older agent does not tell it.
+    damaged: bool = msgspec.field(default_factory=bool)
     earlier: list[Burial] = []
     body: msgspec.Raw = msgspec.Raw(b"")
 
@@ -43,9 +46,12 @@ class Page(msgspec.Struct):
     letters: list[Letter]
 
 
-class _Done(msgspec.Struct):
+class Done(msgspec.Struct):
+    """To how many letters it was done, whether the buffer is full, and which are damaged and were left."""
+
     done: int
     full: bool = False
+    damaged: list[int] = []
 
 
 class Shelf:
@@ -88,24 +94,23 @@ class Shelf:
             return None
         return msgspec.json.decode(answer.raise_for_status().content, type=Letter)
 
-    async def replay(self, ids: Sequence[int]) -> tuple[int, bool]:
-        """Send some again: how many there were, and whether the buffer is full."""
-        done = await self._do("replay", ids)
-        return done.done, done.full
+    async def replay(self, ids: Sequence[int]) -> Done:
+        """Send some again, but for those that are damaged."""
+        return await self._do("replay", ids)
 
-    async def purge(self, ids: Sequence[int]) -> tuple[int, bool]:
-        """Forget some: how many there were."""
-        return (await self._do("purge", ids)).done, False
+    async def purge(self, ids: Sequence[int]) -> Done:
+        """Forget some."""
+        return await self._do("purge", ids)
 
     async def purge_upto(self, newest: int) -> AsyncIterator[int]:
         """Forget all up to an id, in lots: how many each time."""
         while done := (await self._do("purge", newest)).done:
             yield done
 
-    async def _do(self, verb: str, which: Sequence[int] | int) -> _Done:
+    async def _do(self, verb: str, which: Sequence[int] | int) -> Done:
         wish = {"upto": which} if isinstance(which, int) else {"ids": list(which)}
         answer = await self._client.post(f"/dead-letters/{verb}", json=wish)
-        return msgspec.json.decode(answer.raise_for_status().content, type=_Done)
+        return msgspec.json.decode(answer.raise_for_status().content, type=Done)
 
     async def _page(self, after: int, *, full: bool) -> Page:
         wanted = {"after": str(after), **({"full": "1"} if full else {})}

@@ -150,7 +150,7 @@ def make_old(database: Path) -> None:
     with sqlite3.connect(database) as old:
         for table, columns in (
             ("chunk", ("seal", "marks", "burials")),
-            ("dead", ("marks", "burials", "boot", "monotonic")),
+            ("dead", ("seal", "marks", "burials", "boot", "monotonic")),
         ):
             for column in columns:
                 old.execute(f"ALTER TABLE {table} DROP COLUMN {column}")

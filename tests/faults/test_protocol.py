@@ -17,7 +17,7 @@ from protocol import KILL, Call, Graph, Rules, Scope, State, Step, calls, explor
 from test_buffer_contract import tally
 
 from agent import config
-from agent.buffer import NOBODY, DeadEvent, Lease, Limits
+from agent.buffer import NOBODY, DeadEvent, Lease, Limits, Replayed
 from agent.buffer.rows import Deposit, Settlement, Taking
 from agent.buffer.store import Store
 from agent.events import Chunk
@@ -148,7 +148,7 @@ class Process:
         self.store.commit([Settlement(lease, dead, rest, 0, 0)], (), closing=False, room=True)
 
     def _replay(self, letter: int) -> None:
-        assert self.store.replay([letter]) == (1, False)
+        assert self.store.replay([letter]) == Replayed(1, full=False)
 
     def _purge(self, letter: int) -> None:
         assert self.store.purge([letter]) == 1
