@@ -289,6 +289,9 @@ def test_send_tells_a_wrong_socket_from_a_missing_agent(tmp_path: Path) -> None:
     assert "wrong type for socket" in done.stderr
     assert "unix_stream" in done.stderr
     assert run("send", "a", "--socket", str(tmp_path / "none")).returncode == 3
+    (tmp_path / "file").touch()
+    done = run("send", "a", "--socket", str(tmp_path / "file"))
+    assert (done.returncode, f"{tmp_path}/file: is not a socket" in done.stderr) == (1, True)
 
 
 @pytest.mark.parametrize("lines", [1, 20_000], ids=["none said", "none taken"])

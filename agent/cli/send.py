@@ -1,6 +1,8 @@
 """`capture-agent send`: hands events to a running agent and waits until they are on disk."""
 
+import os
 import socket
+import stat
 import sys
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -90,6 +92,10 @@ def command(
             click.echo("  try: as a member of the socket's group", err=True)
             raise SystemExit(1) from None
         except (FileNotFoundError, ConnectionRefusedError):
+            if os.path.exists(path) and not stat.S_ISSOCK(os.stat(path).st_mode):
+                click.echo(f"capture-agent: {path}: is not a socket", err=True)
+                click.echo("  try: the path of one of the agent's unix_stream sources", err=True)
+                raise SystemExit(1) from None
             raise not_running(path) from None
         except OSError as error:
             click.echo(f"capture-agent: {path}: {error.strerror or error}", err=True)

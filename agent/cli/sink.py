@@ -147,12 +147,13 @@ async def _run(
     from agent.sink import serving
 
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        async with serving(sink, listener) as url, trio.open_nursery() as nursery:
-            click.echo(FIRST_LINE.format(url=url), err=as_json)
-            if line is not None:
-                nursery.start_soon(_print, sink, line)
-            await anext(signals)
-            nursery.cancel_scope.cancel()
+        async with trio.open_nursery() as printing:
+            async with serving(sink, listener) as url:
+                click.echo(FIRST_LINE.format(url=url), err=as_json)
+                if line is not None:
+                    printing.start_soon(_print, sink, line)
+                await anext(signals)
+            sink.end()  # what was taken while it stopped is printed too
     answers = ", ".join(f"{status or 'none'}: {count}" for status, count in sorted(sink.statuses.items()))
     asked = f"{sink.requests} requests ({sink.received} bytes)"
     click.echo(f"took {sink.taken} events in {asked}; answers: {answers or 'none'}", err=as_json)

@@ -122,6 +122,7 @@ class Sink:
         self._script, self._body_patience, self._now = script, body_patience, now
         self._random = random or Random()  # noqa: S311 - no secret
         self._news = trio.Event()
+        self._over = False
         routes = [
             Route(path + end, self._capture, methods=["GET", "POST", "OPTIONS"])
             for path in PATHS
@@ -137,6 +138,10 @@ class Sink:
         self.app = Starlette(routes=routes)
         self.app.router.redirect_slashes = False
 
+    def _wake(self) -> None:
+        self._news.set()
+        self._news = trio.Event()
+
     async def wait_until(self, condition: Callable[[], bool]) -> None:
         """Wait until the condition holds; it is looked at after every request."""
         while not condition():
@@ -147,13 +152,20 @@ class Sink:
         await self.wait_until(lambda: self.taken >= events)
 
     async def arrivals(self) -> AsyncIterator[Sequence[Event]]:
-        """The events taken, in lots as they come; those that `keep` has no room for are left out."""
+        """The events taken, in lots as they come, until `end`; what `keep` has no room for is left out."""
         seen = 0
         while True:
-            await self.wait_until(lambda seen=seen: self.taken > seen)  # type: ignore[misc]  # seen as it is now
+            await self.wait_until(lambda seen=seen: self._over or self.taken > seen)  # type: ignore[misc]  # as it is
+            if self.taken == seen:
+                return
             fresh = min(self.taken - seen, len(self.events))
             seen = self.taken
             yield list(islice(self.events, len(self.events) - fresh, None))
+
+    def end(self) -> None:
+        """Nothing more will be taken."""
+        self._over = True
+        self._wake()
 
     async def _capture(self, http: HttpRequest) -> Response:
         self.requests += 1
@@ -251,8 +263,7 @@ class Sink:
     def _tell(self, outcome: Reply | Fault) -> Response:
         """Count an outcome, wake who waits for news, and make the response of it."""
         self.statuses[outcome.status if isinstance(outcome, Reply) else 0] += 1
-        self._news.set()
-        self._news = trio.Event()
+        self._wake()
         if isinstance(outcome, Fault):
             return _HungUp()
         return PlainTextResponse(outcome.body, outcome.status, dict(outcome.headers))
