@@ -338,7 +338,7 @@ async def test_a_disk_that_takes_no_file_is_not_said_to_be_full(tmp_path: Path) 
         nursery.start_soon(put, buffer, chunk(1))
         while not buffer.trouble:
             await trio.sleep(0.01)
-        assert buffer.trouble == f"{reserve}: Is a directory"
+        assert buffer.trouble == f"{reserve}: this is no file: move it away"
         reserve.rmdir()
         while buffer.trouble:
             await trio.sleep(0.01)

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from agent.buffer import Books, Entry, Lease
+from agent.buffer import Books, BufferBroken, Entry, Lease
 from agent.buffer.balance import balance
 from agent.buffer.doubt import Doubt, write_anew
 from agent.buffer.evidence import log_of
@@ -102,6 +102,8 @@ def reopened(
 def _opened(path: Path, *, max_size: int, full: bool) -> Found:
     make(path)
     put_log_back(path)
+    if log_of(path).exists() and not log_of(path).is_file():
+        raise BufferBroken(f"{log_of(path)}: this is no file", "move it away: the buffer's log has its name")
     ours = look_first(path)
     logged = _commits(path)
     if logged and not ours:

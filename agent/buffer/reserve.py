@@ -49,7 +49,9 @@ class Reserve:
     def _failed(self, error: OSError) -> bool:
         """A disk that is full passes; one that is read-only or broken has to be mended."""
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        self.trouble = FULL if full else f"{self._path}: {error.strerror}"
+        in_the_way = error.errno in (errno.EISDIR, errno.ELOOP)  # something else has the name
+        why = "this is no file: move it away" if in_the_way else error.strerror
+        self.trouble = FULL if full else f"{self._path}: {why}"
         return False
 
     def give_up(self) -> None:

@@ -374,7 +374,7 @@ def _pipe(path: Path) -> None:
         (_directory, "this is a directory"),
         (_pipe, "this is no file"),
         (lambda path: Path(f"{path}.lock").mkdir(), "lock: this is a directory"),
-        (beside(LOG, None), "unable to open"),
+        (beside(LOG, None), "wal: this is no file"),
     ],
     ids=["directory", "pipe", "lock is a directory", "log is a directory"],
 )
