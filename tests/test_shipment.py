@@ -327,7 +327,7 @@ def test_replayed_events_make_way_once_something_is_known() -> None:
     assert shipment.rest
 
 
-SAME, OTHER = (f"00000000-0000-4000-8000-00000000000{digit}" for digit in "ab")
+SAME, OTHER, THIRD, FOURTH = (f"00000000-0000-4000-8000-00000000000{digit}" for digit in "abcd")
 
 
 @pytest.mark.parametrize(
@@ -337,16 +337,20 @@ SAME, OTHER = (f"00000000-0000-4000-8000-00000000000{digit}" for digit in "ab")
         ([SAME, SAME.upper()], [1, 1]),
         ([SAME, OTHER, SAME], [2, 1]),
         ([SAME, "", OTHER], [1, 1, 1]),
+        ([f"{SAME} {OTHER}", THIRD], [3]),
+        ([f"{SAME} {OTHER}", f"{THIRD} {OTHER}", FOURTH], [2, 3]),
+        ([f"{SAME} {SAME}", OTHER, THIRD], [2, 2]),
     ],
 )
+@pytest.mark.parametrize("burials", [(), (Burial(1, "rejected", "no", 1),)], ids=["fresh", "replayed"])
 @pytest.mark.parametrize("protocol", ["v1", "auto"])
-def test_replayed_events_share_a_batch_of_v1(
-    protocol: Literal["v1", "auto"], uuids: list[str], batches: list[int]
+def test_events_with_uuids_of_clients_share_a_batch_of_v1(
+    protocol: Literal["v1", "auto"], uuids: list[str], batches: list[int], burials: tuple[Burial, ...]
 ) -> None:
-    """As far as their uuids are known to differ: v1 refuses a batch that has one twice."""
-    events = [b'{"uuid":"%s"}' % uuid.encode() if uuid else b'{"uuid":7}' for uuid in uuids]
-    burial = Burial(1, "rejected", "no", 1)
-    chunks = [replace(chunk([one]), marks=GIVEN, burials=(burial,)) for one in events]
+    """As far as they are known to differ: v1 refuses a batch that has one twice."""
+    texts = [[b'{"uuid":"%s"}' % one.encode() for one in chunk.split()] for chunk in uuids]
+    unread = [b'{"uuid":7}']
+    chunks = [replace(chunk(text or unread), marks=GIVEN, burials=burials) for text in texts]
     posts = deliver(Shipment(chunks, **generous, protocol=protocol), lambda _: Accepted())
     assert [post.events for post in posts] == batches
 

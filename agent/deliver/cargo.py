@@ -31,7 +31,7 @@ class _Event(msgspec.Struct):
 
 
 _read = msgspec.json.Decoder().decode
-_read_uuid = msgspec.json.Decoder(_Event).decode
+_read_uuids = msgspec.json.Decoder(list[_Event]).decode
 _as_list = msgspec.json.Decoder(list[msgspec.Raw]).decode
 
 
@@ -57,21 +57,22 @@ class Cargo:
     def plan(self, max_events: int, max_size: int, protocol: Protocol) -> Iterator[Span]:
         """Whole chunks put together up to the limits, as far as they may share a batch."""
         low, size, first = 0, 0, None
-        uuids: set[str] = set()  # of the replayed events since `low`
+        uuids: set[str] | None = None  # since `low`, where clients gave them; None: not looked at yet
         for chunk, (begin, end) in zip(self.chunks, pairwise(self._seams), strict=True):
             if begin == end:
                 continue
-            uuid = _replayed_uuid(chunk) if protocol != "batch" else None
+            more = None
             if first is not None:
                 size += 1 + chunk.size
-                differs = bool(uuids) and uuid is not None and uuid not in uuids
-                fits = end - low <= max_events and size <= max_size
-                if fits and together(first, chunk, protocol, differs=differs):
-                    uuids.update(filter(None, [uuid]))
-                    continue
+                if end - low <= max_events and size <= max_size and together(first, chunk, protocol):
+                    if protocol == "batch" or not chunk.marks & GIVEN:
+                        continue
+                    uuids, more = _uuids(first) if uuids is None else uuids, _uuids(chunk)
+                    if uuids and more and uuids.isdisjoint(more):
+                        uuids |= more
+                        continue
                 yield Span(low, begin)
-            low, size, first = begin, chunk.size, chunk
-            uuids = {uuid} if uuid else set()
+            low, size, first, uuids = begin, chunk.size, chunk, more
         if first is not None:
             yield Span(low, self._seams[-1])
 
@@ -223,29 +224,28 @@ class Cargo:
         )
 
 
-def together(one: Chunk, other: Chunk, protocol: Protocol, *, differs: bool = False) -> bool:
+def together(one: Chunk, other: Chunk, protocol: Protocol) -> bool:
     """Whether two chunks may share a batch: their clocks agree, and neither is the other's risk.
 
-    Replayed events go apart from fresh ones, and old ones too, as that is said of a whole request. For v1,
-    which refuses a batch that has one uuid twice, a chunk with uuids of clients goes alone unless the other's
-    uuid is known to differ (`differs`), and what v1 would drop goes together.
+    Replayed events go apart from fresh ones, and old ones too, as that is said of a whole request. For v1
+    those apart of which clients gave the uuids, as it refuses a batch that has one twice; and what it would
+    drop goes together.
     """
     if not agree(one, other) or bool(one.burials) != bool(other.burials):
         return False
     if (one.marks ^ other.marks) & HISTORICAL:
         return False
-    return protocol == "batch" or (one.marks == other.marks and (differs or not one.marks & GIVEN))
+    return protocol == "batch" or one.marks == other.marks
 
 
-def _replayed_uuid(chunk: Chunk) -> str | None:
-    """The uuid of an event that was a dead letter and lies alone in its chunk; None for any other chunk."""
-    if not chunk.burials or chunk.events != 1:
-        return None
-    events = opened(chunk)
+def _uuids(chunk: Chunk) -> set[str]:
+    """Its events' uuids, each of which it has once; else none, and none where it is damaged."""
     try:
-        return _read_uuid(events[0]).uuid.lower() if events else None
-    except (msgspec.DecodeError, RecursionError):
-        return None
+        events = _read_uuids(b"[" + pack.inflate(chunk.packed, chunk.size, chunk.crc) + b"]")
+    except (ValueError, RecursionError):
+        return set()
+    found = {event.uuid.lower() for event in events}
+    return found if len(found) == chunk.events == len(events) else set()
 
 
 def _readable(event: bytes) -> bool:
