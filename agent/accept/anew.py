@@ -73,6 +73,7 @@ def _bound(file: SocketFile, settings: Unix) -> Opened:
     """A new socket that has the file. Raises `SocketError`."""
     datagrams = isinstance(settings, UnixDatagram)
     kind = socket.SOCK_DGRAM if datagrams else socket.SOCK_STREAM
+    file.forget_the_last()
     try:
         sock = bind_unix(file.path, kind, settings.mode, settings.group)
     except OSError as error:  # of the socket itself: no descriptor is left, or no memory

@@ -42,12 +42,26 @@ class SocketFile:
     def __init__(self, sock: socket.socket, path: str) -> None:
         self.path = path
         self.trouble = ""
+        self._made: tuple[int, int] | None = None
         self.give(sock)
 
     def give(self, sock: socket.socket) -> None:
         """The file is this socket's, which was bound there a moment ago; the one before is not closed."""
         self._sock = sock
-        self._made = _inode(self.path)
+        self._before, self._made = self._made, _inode(self.path)
+
+    def forget_the_last(self) -> None:
+        """Where somebody has put the file before this one there again, which is open still, remove it."""
+        if self._before is not None and _inode(self.path) == self._before:
+            with suppress(OSError):
+                os.unlink(self.path)
+
+    @property
+    def lost(self) -> str:
+        """Why clients do not find it now, as far as is known; where nobody has anything there, nothing."""
+        if self.trouble or self.leads_here() or not os.path.lexists(self.path):
+            return self.trouble
+        return f"{self.path}: something else has the name of this socket's file"
 
     def leads_here(self) -> bool:
         """Whether it is still the file that the socket was bound to, under its name."""
@@ -103,10 +117,14 @@ def bind_unix(path: str, kind: socket.SocketKind, mode: int, group: str = "") ->
             sock.bind(path)
         finally:
             os.umask(umask)
-        if group:
-            dress(path, mode, group)
-        if kind is socket.SOCK_STREAM:
-            sock.listen(BACKLOG)
+        try:
+            if group:
+                dress(path, mode, group)
+            if kind is socket.SOCK_STREAM:
+                sock.listen(BACKLOG)
+        except BaseException:
+            os.unlink(path)
+            raise
     except OSError as error:
         sock.close()
         raise _cannot_bind(path, error) from error

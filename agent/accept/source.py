@@ -137,7 +137,7 @@ class Source:
     @property
     def unreachable(self) -> str:
         """Why clients cannot find its socket now; empty where they can."""
-        return "" if self._file is None else self._file.trouble
+        return "" if self._file is None else self._file.lost
 
     @property
     def leaving(self) -> bool:

@@ -301,7 +301,7 @@ class SqliteBuffer(Desk):
             return await trio.to_thread.run_sync(
                 self._store.copies.copy, self._settings.max_size, partial(trio.from_thread.run, lend)
             )
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
             hint = "make room on the disk, or mend it; nothing was changed"
             raise BufferBroken(f"{self._store.path}: cannot be copied: {error}", hint) from error
         finally:

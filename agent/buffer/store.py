@@ -3,6 +3,7 @@
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -95,7 +96,8 @@ class Store:
         if not self._names.lead_here() and self._names.restore(self.ownership):
             self._connection.close()
             self.reserve.held = False
-            opened(self.path, self._load, max_size=self.max_size, full=self._full)
+            knowing = partial(opened, books=self.books, leases=self._leases)
+            knowing(self.path, self._load, max_size=self.max_size, full=self._full)
 
     def rescue(self, why: str) -> None:
         """Go on with what can be read of the database, and with all that is out on lease."""
@@ -207,7 +209,8 @@ class Store:
         lane: Lane = (chunk.project, chunk.key)
         ident = self._connection.execute(INSERT_CHUNK, row_of(chunk)).lastrowid
         assert ident is not None  # noqa: S101  # an INSERT has one
-        self._count(chunk, change)
+        change.events += chunk.events
+        change.bytes += len(chunk.packed)
         change.lanes.append(lambda: self.lanes.add(lane, 1, ident, chunk.events))
 
     # --- taking and settling ---------------------------------------------------------------------
@@ -262,7 +265,8 @@ class Store:
         lease, lane = settlement.lease, (settlement.lease.project, settlement.lease.key)
         kept, homeless = keep(self._connection, lease, settlement.rest)
         for chunk in kept.values():
-            self._count(chunk, change)
+            change.events += chunk.events
+            change.bytes += len(chunk.packed)
         for chunk in homeless:
             self._insert(chunk, change)
         crash.point("settle.kept")
@@ -283,11 +287,6 @@ class Store:
         if kept:
             events = sum(chunk.events for chunk in kept.values())
             change.lanes.append(lambda: self.lanes.give_back(lane, kept, events))
-
-    def _count(self, chunk: Chunk, change: Change) -> None:
-        """A chunk is in the buffer."""
-        change.events += chunk.events
-        change.bytes += len(chunk.packed)
 
     # --- dead letters ----------------------------------------------------------------------------
 
@@ -334,7 +333,7 @@ class Store:
         try:
             with self._doubt.watched():
                 give_back(self._connection, most)
-        except sqlite3.Error:
+        except (sqlite3.Error, UnicodeDecodeError):
             self.free_pages = 0  # none to give back until the next commit has looked
             return
         crash.point("pages.given_back")

@@ -36,7 +36,7 @@ class Names:
         self._connection = connection
         # By the name that SQLite has for it: links are followed, and the log lies where they lead.
         self._log = log_of(Path(connection.execute("PRAGMA database_list").fetchone()[2]))
-        self._place = os.path.realpath(path)
+        self._place, self._was_link = os.path.realpath(path), path.is_symlink()
         self._file, self._log_file = _found(path), _found(self._log)
 
     def lead_here(self) -> bool:
@@ -69,7 +69,8 @@ class Names:
 
     def _is_linked_elsewhere(self) -> bool:
         """By such a link the next start finds the file, but looks for its log where that leads."""
-        return self._path.is_symlink() and os.path.realpath(self._path) != self._place
+        linked = not self._was_link and self._path.is_symlink()
+        return linked and os.path.realpath(self._path) != self._place
 
     def _begin_log(self) -> None:
         """All that is in the log that lost its name goes into the database, and another log is begun."""
@@ -89,12 +90,12 @@ class Names:
         new = copy_of(place)
         try:
             self._copy_into(new)
-            if linked:  # what it leads to is left alone
-                place.unlink()
-            aside = self._clear(place)
+            aside = self._clear(place, link=linked)
         except BaseException:
             new.unlink(missing_ok=True)
             raise
+        if linked:  # what it leads to is left alone; from here on a start takes up the copy
+            place.unlink()
         crash.point("stray.copied")
         os.rename(new, place)
         sync_folder(place)
@@ -106,14 +107,14 @@ class Names:
         text = "somebody removed or replaced the buffer's file; all that was in it was written to a new one"
         log.error(text, file=str(place), hint=HINT, **_told(aside))
 
-    def _clear(self, place: Path) -> Path | None:
-        """Set aside what somebody has put there; under which name.
+    def _clear(self, place: Path, *, link: bool) -> Path | None:
+        """Set aside what somebody has put there, but for a `link`; under which name.
 
         A log that is not of this database must not lie beside it: SQLite would write it back.
         """
         aside = new_name(self._path)
         foreign = os.path.lexists(log_of(place)) and _found(log_of(place)) != self._log_file
-        there = os.path.lexists(place)
+        there = os.path.lexists(place) and not link
         if foreign:  # one that has no database is called like one, so that it is counted and trimmed
             _set_aside(log_of(place), log_of(aside) if there else aside)
         if there:
@@ -138,11 +139,10 @@ def copy_of(path: Path) -> Path:
 
 def go_on(path: Path) -> None:
     """Take up a copy that a kill cut off: where there is no other database, it is all that is left."""
-    place = Path(os.path.realpath(path))
-    new = copy_of(place)
-    with suppress(FileNotFoundError):
-        os.rename(new, new_name(place) if place.exists() else place)
-        sync_folder(place)
+    for place in {Path(os.path.realpath(path)), _named(path)}:
+        with suppress(FileNotFoundError):
+            os.rename(copy_of(place), new_name(place) if place.exists() else place)
+            sync_folder(place)
 
 
 def _named(path: Path) -> Path:

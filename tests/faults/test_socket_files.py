@@ -200,3 +200,18 @@ async def test_a_reload_after_a_removal(folder: Path) -> None:
         assert await agent.process.wait() == 0
         assert not os.path.exists(agent.stream)
         assert not os.path.exists(agent.datagram)
+
+
+async def test_a_file_that_is_moved_away_and_back(folder: Path) -> None:
+    """It is that of the socket before: no other program's, and not in the way."""
+    async with serving(Sink()) as url, running(configure(folder, url)) as agent:
+        aside = f"{agent.stream}.aside"
+        os.rename(agent.stream, aside)
+        await until(lambda: os.path.exists(agent.stream))
+        os.rename(aside, agent.stream)
+        old = os.stat(agent.stream).st_ino
+        await until(lambda: os.path.exists(agent.stream) and os.stat(agent.stream).st_ino != old)
+        await send(agent, 1)
+        await agent.until(delivered=1)
+        assert (await ready(agent))[0] == 200
+        assert LOST not in agent.log()

@@ -235,8 +235,26 @@ async def test_a_link_to_the_buffer(tmp_path: Path) -> None:
         assert await waiting(buffer) == ids(some(1), some(2))
 
 
+async def test_a_copy_that_was_cut_off_is_set_aside(tmp_path: Path) -> None:
+    """A link leads to another database: what the copy was of is not taken up when the link goes."""
+    (place := tmp_path / "place").mkdir()
+    path = tmp_path / "buffer.db"
+    path.symlink_to(place / "data")
+    async with opened(path) as buffer:
+        await put(buffer, chunk_of(some(1)))
+    copy = Path(f"{path}.again")
+    copy.write_bytes(MINE)
+    async with opened(path) as buffer:
+        assert await waiting(buffer) == ids(some(1))
+    assert not copy.exists()
+    assert [file.read_bytes() for file in kept(path)] == [MINE]
+
+
+@pytest.mark.parametrize("change", [remove(""), link], ids=["removed", "linked"])
 @pytest.mark.parametrize("point", ["stray.copied", "stray.named"])
-async def test_a_kill_while_the_file_is_made_again(tmp_path: Path, point: str) -> None:
+async def test_a_kill_while_the_file_is_made_again(
+    tmp_path: Path, point: str, change: Callable[[Path], None]
+) -> None:
     """What was acknowledged before arrives, once; nothing is damaged."""
     away = True
     sink = Sink(script=lambda _request: Reply(503) if away else None, keep=100)
@@ -249,7 +267,7 @@ async def test_a_kill_while_the_file_is_made_again(tmp_path: Path, point: str) -
                 stream.sendall(b'{"ack":true}\n' + line(1) + line(2))
                 while b'"accepted":2' not in await trio.to_thread.run_sync(stream.recv, 1000):
                     pass
-                (tmp_path / "buffer.db").unlink()
+                change(tmp_path / "buffer.db")
                 assert await agent.process.wait() == -signal.SIGKILL
         away = False
         async with running(config) as agent:
