@@ -71,8 +71,7 @@ def _tell_mended(file: SocketFile, settings: Unix) -> None:
 
 def _bound(file: SocketFile, settings: Unix) -> Opened:
     """A new socket that has the file. Raises `SocketError`."""
-    datagrams = isinstance(settings, UnixDatagram)
-    kind = socket.SOCK_DGRAM if datagrams else socket.SOCK_STREAM
+    kind = socket.SOCK_DGRAM if isinstance(settings, UnixDatagram) else socket.SOCK_STREAM
     file.forget_the_last()
     try:
         sock = bind_unix(file.path, kind, settings.mode, settings.group)

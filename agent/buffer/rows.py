@@ -90,6 +90,11 @@ class Change(msgspec.Struct):
     newest_letter: int = 0
     lanes: list[Callable[[], None]] = msgspec.field(default_factory=list)
 
+    def count(self, chunk: Chunk) -> None:
+        """A chunk is in the buffer."""
+        self.events += chunk.events
+        self.bytes += len(chunk.packed)
+
 
 def row_of(chunk: Chunk, ident: int | None = None) -> tuple[object, ...]:
     """What `INSERT_CHUNK` is given; without an id it gets the next one."""

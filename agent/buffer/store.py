@@ -209,8 +209,7 @@ class Store:
         lane: Lane = (chunk.project, chunk.key)
         ident = self._connection.execute(INSERT_CHUNK, row_of(chunk)).lastrowid
         assert ident is not None  # noqa: S101  # an INSERT has one
-        change.events += chunk.events
-        change.bytes += len(chunk.packed)
+        change.count(chunk)
         change.lanes.append(lambda: self.lanes.add(lane, 1, ident, chunk.events))
 
     # --- taking and settling ---------------------------------------------------------------------
@@ -265,8 +264,7 @@ class Store:
         lease, lane = settlement.lease, (settlement.lease.project, settlement.lease.key)
         kept, homeless = keep(self._connection, lease, settlement.rest)
         for chunk in kept.values():
-            change.events += chunk.events
-            change.bytes += len(chunk.packed)
+            change.count(chunk)
         for chunk in homeless:
             self._insert(chunk, change)
         crash.point("settle.kept")
