@@ -109,14 +109,14 @@ class _Served:
         self.context = WorkerContext(None)
         self._app = ASGIWrapper(cast("Any", app))  # whose messages have types of Hypercorn's own
         self._config = config
-        self._unread, self._turn = unread, turn
+        self._unread, self._patience = unread, turn
         self._guard = Guard("HTTP")
         self._open: dict[_Connection, None] = {}  # in the order in which their turn came to say something
 
     async def connection(self, sock: trio.socket.SocketType) -> None:
         """Serve one client to its end."""
         connection = _Connection(
-            self._app, self._config, self.context, sock, self._unread, self._turn, self._requeue
+            self._app, self._config, self.context, sock, self._unread, self._patience, self._requeue
         )
         self._open[connection] = None
         try:
